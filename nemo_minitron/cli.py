@@ -1,0 +1,66 @@
+"""The command `minitron`: compose the recipe, run it, and turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from nemo_minitron.config import load_config
+from nemo_minitron.errors import ConfigError, UserError
+
+USAGE = """\
+usage: minitron [run|config] [experiment=NAME] [key=value ...]
+
+  run      do what is missing of the recipe (the default)
+  config   print the composed recipe and start nothing
+
+  minitron experiment=demo                      prune and distill the embedded teacher
+  minitron experiment=demo parallel.tp=2        the same on two tensor-parallel processes
+  minitron teacher.path=DIR data.path=TEXT prune.target.ffn_hidden_size=256
+  minitron experiment=demo controls=[ce,scratch]
+
+Keys are those of conf/config.yaml. Results: outputs/NAME/summary.json and outputs/NAME/report.html.
+Exit codes: 0 done, 2 a mistake in the command or its inputs (one line says which), 1 anything else."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(USAGE)
+        return 0
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        print(f"minitron: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minitron: interrupted; the same command goes on from here", file=sys.stderr)
+        return 1
+    except Exception as error:
+        from nemo_minitron.pipeline import WorkerError
+
+        print(error if isinstance(error, WorkerError) else traceback.format_exc(), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    command, overrides = "run", list(arguments)
+    if overrides and "=" not in overrides[0]:
+        command = overrides.pop(0)
+    if command not in ("run", "config"):
+        raise ConfigError("unknown command", expected="run or config, or key=value", found=repr(command))
+    config = load_config(overrides)
+    if command == "config":
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(OmegaConf.create(config.to_dict())), end="")
+        return
+    from nemo_minitron.pipeline import run
+
+    run(config, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

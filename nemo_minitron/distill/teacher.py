@@ -1,0 +1,60 @@
+"""The teacher, streamed: frozen, run forward in the same step, handing over hidden states and never logits.
+
+It is no parameter of the trained module, in no optimizer, gradient buffer or checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nemo_minitron.arch import ArchSpec
+from nemo_minitron.data.batch import Batch
+from nemo_minitron.distill.terms import tokens_first
+from nemo_minitron.model.build import load_model, transformer_config
+from nemo_minitron.parallel import groups
+from nemo_minitron.parallel.layout import Layout
+from nemo_minitron.parallel.schedule import forward_only
+
+
+class Teacher:
+    """This rank's shard of the frozen teacher, in the student's layout.
+
+    With one pipeline stage it runs when a micro-batch asks for it. With several, a stage inside the
+    student's schedule cannot wait for the other stages' teacher, so `prepare` runs all micro-batches of
+    the step through a forward-only pipeline pass of the teacher first.
+    """
+
+    def __init__(self, arch: ArchSpec, path: Path, layout: Layout, *, bf16: bool = False) -> None:
+        """Read this rank's slices of the checkpoint in `path`."""
+        self.arch = arch
+        self.layout = layout
+        self.model = load_model(arch, path, transformer_config(arch, layout, bf16=bf16))
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._prepared: list[torch.Tensor] = []
+
+    @property
+    def head(self) -> torch.Tensor:
+        """LM head rows of this TP rank, `[v, Ht]` (last stage only)."""
+        return self.model.head()
+
+    def prepare(self, batches: list[Batch]) -> None:
+        """Where the pipeline has several stages: compute the states of all micro-batches of the next step.
+
+        Every rank must call this before the student's schedule starts; `states` then hands them out in order.
+        """
+        if self.layout.pp > 1:
+            self._prepared = forward_only(self.model, batches, num_microbatches=len(batches), consume=self._flatten)
+
+    def states(self, batch: Batch) -> torch.Tensor:
+        """Final hidden states of `batch`, `[S*B, Ht]` without gradient (last stage only)."""
+        if self.layout.pp > 1:
+            return self._prepared.pop(0)
+        with torch.no_grad():
+            return self._flatten(self.model(batch.tokens, batch.position_ids, None), batch)
+
+    def _flatten(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        assert groups.is_last_stage()
+        return tokens_first(hidden, sequence_parallel=self.model.config.sequence_parallel)

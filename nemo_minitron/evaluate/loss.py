@@ -1,0 +1,60 @@
+"""Exact held-out loss of a live, sharded model: token-weighted, every token once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from nemo_minitron.data.batch import Batch, TokenSamples
+from nemo_minitron.distill.terms import METERS, loss_terms
+from nemo_minitron.model.build import HiddenStateGPT
+from nemo_minitron.parallel import groups
+from nemo_minitron.parallel.cpu import device
+from nemo_minitron.parallel.layout import Layout
+from nemo_minitron.parallel.schedule import forward_only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """`nats` summed over `num_tokens` predicted tokens."""
+
+    nats: float
+    num_tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token; the denominator is every predicted held-out token."""
+        return self.nats / max(self.num_tokens, 1)
+
+
+def heldout_loss(model: HiddenStateGPT, samples: TokenSamples, *, layout: Layout, micro_batch_size: int,
+                 max_samples: int | None = None, chunk_tokens: int = 256) -> HeldOutLoss:
+    """Cross-entropy of `model` on `samples` (all of them, or the first `max_samples`).
+
+    Replicas take turns at micro-batches; each gets the same number, the last ones filled up with masked
+    samples. Every rank must call this, and every rank gets the result.
+    """
+    total = samples.spec.num_evaluation_samples
+    count = total if max_samples is None else min(total, max_samples)
+    size = min(micro_batch_size, -(-count // layout.dp))
+    rounds = -(-count // (size * layout.dp))
+    mine = [np.arange(first, min(first + size, count))
+            for first in ((turn * layout.dp + groups.dp_rank()) * size for turn in range(rounds))]
+
+    def sums_of(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return loss_terms(model, hidden, batch, chunk_tokens=chunk_tokens).sums
+
+    batches = (padded_batch(samples, ids, size).to(device()) for ids in mine)
+    results = forward_only(model, batches, num_microbatches=rounds, consume=sums_of)
+    sums = torch.stack(results).sum(0) if results else torch.zeros(len(METERS), dtype=torch.float64)
+    sums = groups.sum_over_replicas_from_last_stage(sums.to(device()))
+    return HeldOutLoss(nats=float(sums[METERS.index("ce")]), num_tokens=int(sums[METERS.index("tokens")]))
+
+
+def padded_batch(samples: TokenSamples, ids: np.ndarray, size: int) -> Batch:
+    """The samples `ids` and, up to `size`, copies of sample 0 that are wholly masked: the pipeline wants equal shapes."""
+    batch = samples.batch([*ids.tolist(), *[0] * (size - len(ids))])
+    batch.loss_mask[len(ids):] = 0.0
+    return batch

@@ -1,0 +1,93 @@
+"""Process groups: torch.distributed and Megatron's parallel state, set up once per worker process.
+
+NeMo's strategy finds both initialised and keeps them, so one worker can score, train and evaluate in turn.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nemo_minitron.parallel.cpu import cuda_is_available
+from nemo_minitron.parallel.layout import Layout
+
+
+def start(layout: Layout, *, timeout_s: int) -> None:
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and form Megatron's groups.
+
+    Every collective is bounded by `timeout_s` seconds. Raises `LayoutError` when the world size is another
+    than the layout's.
+    """
+    layout.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if cuda_is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda_is_available() else "gloo", timeout=timeout)
+    form(layout, timeout_s=timeout_s)
+
+
+def form(layout: Layout, *, timeout_s: int) -> None:
+    """Form Megatron's groups for `layout` in a running process group, replacing any formed before."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        distributed_timeout_minutes=max(1, -(-timeout_s // 60)),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's tensor-parallel random streams, the same at every call."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def stop() -> None:
+    """Leave all groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tp_rank() -> int:
+    """Rank in the tensor-parallel group."""
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def dp_rank() -> int:
+    """Rank in the data-parallel group."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def pp_rank() -> int:
+    """Rank in the pipeline-parallel group: the number of this pipeline stage."""
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the last pipeline stage, where the loss is."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def sum_over_replicas_from_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """Sum `values` (any shape, meaningful on the last stage) over data parallelism, and give all ranks the result.
+
+    One all-reduce over DP on the last stage, one broadcast over PP; every rank must call this.
+    """
+    if is_last_stage():
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                       group=parallel_state.get_pipeline_model_parallel_group())
+    return values

@@ -1,0 +1,178 @@
+"""From a recipe to finished stages: check it, see what is due, start the worker processes, tell what went wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_minitron.artifacts import read_json, write_json
+from nemo_minitron.checkpoint.digest import read_checkpoint
+from nemo_minitron.config import Config
+from nemo_minitron.errors import ConfigError, LayoutError, UserError
+from nemo_minitron.stages.context import Context
+from nemo_minitron.stages.execute import execute
+from nemo_minitron.stages.prune import check_target
+from nemo_minitron.stages.registry import STAGES, due_stages, wanted_stages
+
+
+class WorkerError(Exception):
+    """A worker process failed for a reason that is not the user's; its traceback is in the message."""
+
+
+def run(config: Config, arguments: list[str]) -> None:
+    """Do what is missing of the recipe. `arguments` are kept for the report.
+
+    Raises:
+        UserError: also when found on a rank.
+        WorkerError: anything else that ended a worker.
+    """
+    context = Context(config=config)
+    check_recipe(context)
+    with _lock(config.run_dir) as lock:
+        _record(config, arguments)
+        due = due_stages(context)
+        done = [stage for stage in wanted_stages(context) if stage not in due]
+        if done:
+            print(f"already done: {', '.join(done)}", flush=True)
+        if any(STAGES[stage].ranks for stage in due):
+            _run_workers(context, due, lock)
+        else:
+            execute(context, due, barrier=lambda: None)
+
+
+def check_recipe(context: Context) -> None:
+    """Find the user's mistakes that can be seen before anything starts.
+
+    Raises:
+        UserError: a missing or unusable teacher, a target or a layout that does not fit, too few processes.
+    """
+    config, layout = context.config, context.layout
+    if layout.world_size % config.parallel.num_nodes:
+        raise LayoutError("the processes cannot be spread evenly", key="parallel.num_nodes",
+                          expected=f"{layout.world_size} processes to be a multiple of num_nodes",
+                          found=str(config.parallel.num_nodes))
+    if config.train.global_batch_size % (config.train.micro_batch_size * layout.dp):
+        raise ConfigError("batch sizes do not divide", key="train.global_batch_size",
+                          expected="global_batch_size to be a multiple of micro_batch_size * dp",
+                          found=f"{config.train.global_batch_size} and {config.train.micro_batch_size} * {layout.dp}")
+    path = context.teacher_path()
+    if path.is_relative_to(context.round_dir):
+        return
+    teacher = read_checkpoint(path)
+    layout.check(teacher.arch, name="teacher", seq_length=config.data.seq_length)
+    if "prune" in wanted_stages(context):
+        layout.check(check_target(teacher.arch, config.prune.target), name="target", seq_length=config.data.seq_length)
+
+
+def _record(config: Config, arguments: list[str]) -> None:
+    """Write the resolved recipe and add the command to the run's list of commands."""
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
+    (config.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+    path = config.run_dir / "commands.json"
+    commands = read_json(path) if path.exists() else []
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_json(path, [*commands, {"command": ["minitron", *arguments], "started": started}])
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[int]:
+    """Keep other runs of the same name out, until the last process that holds the lock's descriptor has ended."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + 60.0  # workers of a killed run need some seconds to end
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError("another run of this name is in progress", expected=f"nobody else in {run_dir}",
+                                    found="a held lock", key="name") from None
+                time.sleep(0.5)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _run_workers(context: Context, stages: list[str], lock: int) -> None:
+    """Start one process a rank under torchrun and wait; all `stages` run in the same processes."""
+    config = context.config
+    job_dir = config.run_dir / "job"
+    job_dir.mkdir(exist_ok=True)
+    for old in job_dir.glob("error_*.json"):
+        old.unlink()
+    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages})
+    processes = context.layout.world_size // config.parallel.num_nodes
+    command = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(config), "--nproc-per-node", str(processes),
+               "-m", "nemo_minitron.worker", str(job_dir)]
+    worker = subprocess.Popen(command, env=worker_environment(config, processes), pass_fds=(lock,),
+                              preexec_fn=_end_with_parent, stderr=subprocess.PIPE)
+    errors = _watch(worker)
+    if worker.returncode != 0:
+        _raise_worker_error(job_dir, errors)
+
+
+def _rendezvous(config: Config) -> list[str]:
+    """torchrun's options: a free port of this machine, or what the launcher set for several machines."""
+    if config.parallel.num_nodes == 1:
+        return ["--standalone"]
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise LayoutError("several nodes need a rendezvous", expected="NODE_RANK, MASTER_ADDR and MASTER_PORT set",
+                          found=f"no {', '.join(missing)}", key="parallel.num_nodes")
+    return ["--nnodes", str(config.parallel.num_nodes), "--node-rank", os.environ["NODE_RANK"],
+            "--master-addr", os.environ["MASTER_ADDR"], "--master-port", os.environ["MASTER_PORT"]]
+
+
+def worker_environment(config: Config, processes: int) -> dict[str, str]:
+    """Environment of the ranks: fixed thread counts, without which sums on CPU are not the same twice."""
+    threads = config.parallel.num_threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE",
+             "MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",
+             "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore",
+             "NEMO_EXPM_VERSION": "", "ONE_LOGGER_JOB_CATEGORY": "test"}
+    return {**os.environ, **fixed}
+
+
+def _end_with_parent() -> None:
+    """In the child: be told to end when the parent is killed (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+
+
+def _watch(worker: subprocess.Popen[bytes]) -> list[str]:
+    """Wait for the worker, keeping the last lines of its stderr; an interrupt is passed on and waited for."""
+    lines: list[str] = []
+    assert worker.stderr is not None
+    try:
+        for raw in worker.stderr:
+            lines = [*lines[-199:], raw.decode(errors="replace")]
+        worker.wait()
+    except KeyboardInterrupt:
+        worker.send_signal(signal.SIGINT)
+        worker.wait()
+        raise
+    return lines
+
+
+def _raise_worker_error(job_dir: Path, stderr: list[str]) -> None:
+    """Raise what the ranks wrote down: a user's mistake first, else the first traceback, else their stderr."""
+    records = [json.loads(path.read_text()) for path in sorted(job_dir.glob("error_*.json"))]
+    for record in records:
+        if record["kind"] == "user":
+            raise UserError(record["message"])
+    if records:
+        first = min(records, key=lambda record: float(record["time"]))
+        raise WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")
+    raise WorkerError("a worker ended without saying why:\n" + "".join(stderr))

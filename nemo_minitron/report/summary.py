@@ -1,0 +1,52 @@
+"""`summary.json`: the few numbers that other people's scripts read. Losses are nats/token on the same held-out tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.arch import ArchSpec
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.checkpoint.families import read_arch
+
+_STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch"}
+
+
+def summarize(*, name: str, round_name: str, teacher_path: Path, round_dir: Path,
+              manifests: Mapping[str, Manifest | None], evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Assemble the summary of a run of one round; what was not run is null, controls not run are absent.
+
+    recovery = (pruned - distilled) / (pruned - teacher); excess = distilled - teacher, nats/token;
+    excess_vs_scratch = excess / (scratch - teacher) at equal training tokens.
+    """
+    models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
+    for model, stage in _STAGES.items():
+        if model in evaluated:
+            models[model] = _model(round_dir / stage / "checkpoint", manifests[stage], evaluated[model])
+    loss = {model: entry["loss"] for model, entry in models.items()}
+    entry: dict[str, Any] = {
+        "name": round_name,
+        **{model: models.get(model) for model in ("teacher", "pruned", "distilled")},
+        "controls": {model: models[model] for model in ("scratch", "ce") if model in models},
+        "recovery": None, "excess": None, "excess_vs_scratch": None,
+    }
+    if "distilled" in loss:
+        entry["recovery"] = _ratio(loss["pruned"] - loss["distilled"], loss["pruned"] - loss["teacher"])
+        entry["excess"] = loss["distilled"] - loss["teacher"]
+        if "scratch" in loss:
+            entry["excess_vs_scratch"] = _ratio(entry["excess"], loss["scratch"] - loss["teacher"])
+    teacher = evaluated["teacher"]
+    return {"name": name, "heldout_tokens": teacher["num_tokens"], "heldout_bytes": teacher["num_bytes"], "rounds": [entry]}
+
+
+def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> dict[str, Any]:
+    arch: ArchSpec = read_arch(path)
+    result = {} if manifest is None else manifest.result
+    return {"path": str(path), "loss": record["loss"], "bits_per_byte": record["bits_per_byte"],
+            "num_parameters": arch.num_parameters(), "num_non_embedding_parameters": arch.num_non_embedding_parameters(),
+            "tokens": result.get("tokens"), "seconds": result.get("seconds"), "tokens_per_s": result.get("tokens_per_s")}
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None

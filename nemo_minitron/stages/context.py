@@ -1,0 +1,79 @@
+"""What a stage is given: the recipe, where artifacts lie, and this process's place among the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import Checkpoint, Manifest
+from nemo_minitron.checkpoint.digest import read_checkpoint
+from nemo_minitron.config import Config
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.parallel.layout import Layout
+
+ROUND = "round1"
+"""Name of the one round there is: results are in `outputs/NAME/round1/STAGE`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """Paths and checkpoints of a run. `rank` is the global rank, 0 outside of a worker."""
+
+    config: Config
+    rank: int = 0
+
+    @property
+    def round_dir(self) -> Path:
+        """`outputs/NAME/round1`."""
+        return self.config.run_dir / ROUND
+
+    @property
+    def data_dir(self) -> Path:
+        """Token files, shared by all runs under one `output_dir`."""
+        return Path(self.config.output_dir) / "data"
+
+    @property
+    def layout(self) -> Layout:
+        """The parallel layout of the recipe."""
+        parallel = self.config.parallel
+        return Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, sequence_parallel=parallel.sequence_parallel)
+
+    def stage_dir(self, stage: str) -> Path:
+        """Directory of a stage."""
+        return self.round_dir / stage
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The record of a finished stage, or None."""
+        return Manifest.read(self.stage_dir(stage))
+
+    def teacher_path(self) -> Path:
+        """The teacher's directory: what the recipe trains or makes, else `teacher.path`.
+
+        Raises:
+            ConfigError: neither is there.
+        """
+        for stage in ("correct", "initialize"):
+            if stage in self.config.stages:
+                return self.stage_dir(stage) / "checkpoint"
+        if self.config.teacher.path is None:
+            raise ConfigError("no teacher", expected="a Hugging Face directory", found="null", key="teacher.path")
+        return Path(self.config.teacher.path)
+
+    def teacher(self) -> Checkpoint:
+        """The model that is scored, pruned and distilled."""
+        return read_checkpoint(self.teacher_path())
+
+    def student(self) -> Checkpoint:
+        """The pruned model."""
+        return read_checkpoint(self.stage_dir("prune") / "checkpoint")
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def config_part(self, *nodes: str) -> dict[str, Any]:
+        """Plain data of the named nodes, for fingerprints."""
+        whole = self.config.to_dict()
+        return {node: whole[node] for node in nodes}

@@ -1,0 +1,57 @@
+"""The samples of a split, for the stages that run a model: rank 0 tokenizes, the others find it done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nemo_minitron.arch import ArchSpec
+from nemo_minitron.data.batch import TokenSamples
+from nemo_minitron.data.prepare import PreparedData, prepare
+from nemo_minitron.data.tokenizer import check_tokenizer, load_tokenizer
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.stages.context import Context
+
+
+def resolve_kind(kind: str, path: str | None) -> str:
+    """What `auto` means: the corpus without a path, token files where `path` names them, else text."""
+    if kind != "auto":
+        return kind
+    if path is None:
+        return "corpus"
+    folder = Path(path)
+    return "indexed" if Path(f"{path}.idx").exists() or (folder / "train.idx").exists() else "text"
+
+
+def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -> PreparedData:
+    """Token files of the recipe's data under this tokenizer; every rank must call this.
+
+    Raises:
+        ConfigError: samples longer than the model's context.
+        DataError: text or a tokenizer that cannot be used, found on rank 0 first.
+    """
+    data = context.config.data
+    if data.seq_length > arch.max_position_embeddings:
+        raise ConfigError("samples are longer than the model's context",
+                          expected=f"at most {arch.max_position_embeddings} tokens", found=str(data.seq_length),
+                          key="data.seq_length")
+    check_tokenizer(load_tokenizer(tokenizer_directory), arch.vocab_size)
+
+    def find_or_make() -> PreparedData:
+        return prepare(
+            kind=resolve_kind(data.kind, data.path), directory=context.data_dir, tokenizer_directory=tokenizer_directory,
+            path=None if data.path is None else Path(data.path), separator=data.separator,
+            num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction,
+            calibration_fraction=data.calibration_fraction,
+        )
+
+    made = find_or_make() if context.rank == 0 else None
+    if dist.is_initialized():
+        dist.barrier()
+    return made or find_or_make()
+
+
+def split_samples(context: Context, prepared: PreparedData, split: str, arch: ArchSpec) -> TokenSamples:
+    """Samples of "train", "calibration" or "heldout"."""
+    return TokenSamples(prepared.open(split), context.config.data.seq_length, vocab_size=arch.vocab_size)

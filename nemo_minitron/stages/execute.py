@@ -1,0 +1,72 @@
+"""Runs stages one after another in this process: on rank 0 with the bookkeeping, on the others without."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from nemo_minitron.artifacts import Manifest, read_json, write_json
+from nemo_minitron.stages.context import Context
+from nemo_minitron.stages.registry import STAGES, fingerprint, input_digests, stage_config
+
+_PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "torch", "lightning", "transformers", "numpy", "sympy")
+
+
+def execute(context: Context, stages: list[str], *, barrier: Callable[[], None]) -> None:
+    """Run `stages`, which are due, in order; every rank of a worker calls this with the same list."""
+    for name in stages:
+        started = time.time()
+        if context.rank == 0:
+            print(f"== {name}", flush=True)
+            _enter(context, name)
+        barrier()
+        result: dict[str, Any] = {}
+        if STAGES[name].ranks or context.rank == 0:
+            result = STAGES[name].load()(context)
+        barrier()
+        if context.rank == 0:
+            _finish(context, name, result, started)
+        barrier()
+
+
+def _enter(context: Context, name: str) -> None:
+    """Make the stage's directory, or empty it when what is in it belongs to other inputs."""
+    inputs = input_digests(context, name)
+    assert inputs is not None, f"{name} runs before its inputs"
+    directory = context.stage_dir(name)
+    marker = directory / "started.json"
+    mark = {"fingerprint": fingerprint(context, name, inputs)}
+    if directory.exists() and not STAGES[name].keeps_files and not (marker.exists() and read_json(marker) == mark):
+        shutil.rmtree(directory)
+    (directory / "manifest.json").unlink(missing_ok=True)
+    write_json(marker, mark)
+
+
+def _finish(context: Context, name: str, result: dict[str, Any], started: float) -> None:
+    inputs = input_digests(context, name)
+    assert inputs is not None
+    parallel = context.config.parallel
+    Manifest(
+        stage=name, fingerprint=fingerprint(context, name, inputs), inputs=inputs, config=stage_config(context, name),
+        versions=versions(), result=result, times={"started": started, "seconds": round(time.time() - started, 3)},
+        world={"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp, "sequence_parallel": parallel.sequence_parallel,
+               "world_size": int(os.environ.get("WORLD_SIZE", "1")) if STAGES[name].ranks else 1,
+               "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count(),
+               "mkl_cbwr": os.environ.get("MKL_CBWR", ""), "machine": platform.machine()},
+    ).write(context.stage_dir(name))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

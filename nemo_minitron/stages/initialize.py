@@ -1,0 +1,46 @@
+"""Stage `initialize`: a tokenizer trained on the train split, and random weights of the shape in `model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.arch import ArchSpec, Rope
+from nemo_minitron.checkpoint.digest import read_checkpoint, write_random
+from nemo_minitron.data.corpus import corpus_files, verify
+from nemo_minitron.data.text import read_documents, split_documents
+from nemo_minitron.data.tokenizer import train_bpe
+from nemo_minitron.errors import DataError
+from nemo_minitron.stages.context import Context
+from nemo_minitron.stages.data import resolve_kind
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write `checkpoint/`; runs on rank 0 alone."""
+    config = context.config
+    directory = context.stage_dir("initialize")
+    model = config.model
+    arch = ArchSpec(
+        family="llama", num_layers=model.num_layers, hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size, num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups, head_dim=model.head_dim, vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_position_embeddings, rope=Rope(theta=model.rope_theta),
+        norm_eps=model.norm_eps, tied_embeddings=model.tied_embeddings,
+    ).check()
+    pieces = train_bpe(_train_texts(context), directory / "tokenizer", vocab_size=model.vocab_size)
+    write_random(arch, directory / "checkpoint", tokenizer_directory=directory / "tokenizer", seed=config.seed)
+    checkpoint = read_checkpoint(directory / "checkpoint")
+    return {"weights_digest": checkpoint.weights_digest, "tokenizer_pieces": pieces, "arch": arch.to_dict()}
+
+
+def _train_texts(context: Context) -> list[str]:
+    data = context.config.data
+    kind = resolve_kind(data.kind, data.path)
+    if kind == "corpus":
+        verify()
+        return [path.read_text(encoding="utf-8") for path in corpus_files("train")]
+    if kind == "indexed" or data.path is None:
+        raise DataError("a tokenizer needs text", expected="data.kind corpus or text", found=kind, key="data.kind")
+    documents = split_documents(read_documents(Path(data.path), separator=data.separator),
+                                num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction)
+    return [document.text for document in documents["train"]]

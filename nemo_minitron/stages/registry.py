@@ -1,0 +1,138 @@
+"""The stages: what each needs, what of the recipe it depends on, and the function that runs it.
+
+The functions are named, not imported: the command's own process decides what is due without importing
+Megatron or NeMo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from typing import Any, Protocol
+
+from nemo_minitron.artifacts import digest_json
+from nemo_minitron.stages.context import Context
+
+TEACHER = "teacher"
+"""Stands for the teacher's weights among a stage's inputs."""
+
+
+class StageFunction(Protocol):
+    """A stage: reads artifacts, writes its own, and returns the small facts that go into its manifest."""
+
+    def __call__(self, context: Context) -> dict[str, Any]:
+        """Run it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage.
+
+    `inputs` are stages (or TEACHER) whose results it reads; optional ones count where they exist. `config` are
+    the nodes of the recipe its result depends on. `ranks` says whether every rank runs it, or rank 0 alone.
+    """
+
+    function: str
+    inputs: tuple[str, ...] = ()
+    optional_inputs: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+    ranks: bool = True
+    keeps_files: bool = False
+
+    def load(self) -> StageFunction:
+        """Import the function."""
+        module, name = self.function.split(":")
+        function: StageFunction = getattr(import_module(f"nemo_minitron.stages.{module}"), name)
+        return function
+
+
+_TRAINING = ("data", "optim", "train", "seed")
+
+STAGES: dict[str, Stage] = {
+    "initialize": Stage(function="initialize:run", config=("model", "data", "seed"), ranks=False),
+    "correct": Stage(function="correct:run", inputs=("start",), config=(*_TRAINING, "correct")),
+    "score": Stage(function="score:run", inputs=(TEACHER,), config=("importance", "data", "seed")),
+    "prune": Stage(function="prune:run", inputs=(TEACHER, "score"), config=("prune", "importance"), ranks=False),
+    "distill": Stage(function="distill:run", inputs=(TEACHER, "prune"), config=(*_TRAINING, "distill")),
+    "ce": Stage(function="controls:run_ce", inputs=("prune",), config=(*_TRAINING, "distill")),
+    "scratch": Stage(function="controls:run_scratch", inputs=("prune",), config=(*_TRAINING, "distill")),
+    "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), optional_inputs=("prune", "distill", "ce", "scratch"),
+                      config=("data",), keeps_files=True),
+    "report": Stage(function="report:run", inputs=("evaluate",), optional_inputs=("score", "prune", "distill", "ce", "scratch", "correct"),
+                    ranks=False, keeps_files=True),
+}
+"""In the order in which they run."""
+
+_WITHOUT_EFFECT = ("log_every_steps", "eval_every_steps", "eval_samples", "checkpoint_every_steps")
+"""Keys of `train` that change what is printed and saved on the way, not the result."""
+
+
+def wanted_stages(context: Context) -> list[str]:
+    """The recipe's stages and controls, in the order in which they run."""
+    wanted = {*context.config.stages, *context.config.controls}
+    return [stage for stage in STAGES if stage in wanted]
+
+
+def stage_config(context: Context, stage: str) -> dict[str, Any]:
+    """The part of the recipe that the stage's result depends on."""
+    part = context.config_part(*STAGES[stage].config)
+    if "train" in part:
+        part["train"] = {key: value for key, value in part["train"].items() if key not in _WITHOUT_EFFECT}
+    if stage == "score":
+        part["importance"] = {"num_samples": part["importance"]["num_samples"]}
+    if stage in ("ce", "scratch"):
+        part["distill"] = {"tokens": part["distill"]["tokens"]}
+    return part
+
+
+def input_digests(context: Context, stage: str) -> dict[str, str] | None:
+    """Digest of every input by name, or None where one is not there yet."""
+    digests: dict[str, str] = {}
+    for name in (*STAGES[stage].inputs, *STAGES[stage].optional_inputs):
+        if name in (TEACHER, "start"):
+            digest = _model_digest(context, name)
+        else:
+            manifest = context.manifest(name)
+            digest = None if manifest is None else digest_json([manifest.fingerprint, manifest.result])
+        if digest is None:
+            if name in STAGES[stage].inputs:
+                return None
+            continue
+        digests[name] = digest
+    return digests
+
+
+def fingerprint(context: Context, stage: str, inputs: dict[str, str]) -> str:
+    """What the stage's result is a function of: its name, inputs and configuration, not the layout."""
+    return digest_json({"stage": stage, "inputs": inputs, "config": stage_config(context, stage)})
+
+
+def is_done(context: Context, stage: str) -> bool:
+    """Whether the stage's manifest is there and belongs to today's inputs and configuration."""
+    manifest = context.manifest(stage)
+    inputs = input_digests(context, stage)
+    return manifest is not None and inputs is not None and manifest.fingerprint == fingerprint(context, stage, inputs)
+
+
+def due_stages(context: Context) -> list[str]:
+    """Which of the wanted stages have to run: those not done, and those that read a result that will be made anew."""
+    due: list[str] = []
+    for stage in wanted_stages(context):
+        sources = [*STAGES[stage].inputs, *STAGES[stage].optional_inputs]
+        if TEACHER in sources or "start" in sources:
+            sources += ["initialize"] if "start" in sources else ["correct", "initialize"]
+        if any(source in due for source in sources) or not is_done(context, stage):
+            due.append(stage)
+    return due
+
+
+def _model_digest(context: Context, name: str) -> str | None:
+    from nemo_minitron.checkpoint.digest import read_checkpoint
+    from nemo_minitron.stages.correct import start_path
+
+    path = context.teacher_path() if name == TEACHER else start_path(context)
+    made_here = path.is_relative_to(context.round_dir)
+    if made_here:
+        manifest = context.manifest(path.parent.name)
+        return None if manifest is None else str(manifest.result["weights_digest"])
+    return read_checkpoint(path).weights_digest

@@ -1,0 +1,66 @@
+"""One rank: joins the process groups once, then runs the stages of the job one after another."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import read_json, write_json
+from nemo_minitron.errors import UserError
+from nemo_minitron.parallel.cpu import open_cpu_door
+
+
+def main() -> int:
+    """Run `job.json` in the folder given as the only argument; leave `error_RANK.json` there when it fails."""
+    job_dir = Path(sys.argv[1])
+    rank = int(os.environ.get("RANK", "0"))
+    faulthandler.register(signal.SIGUSR1)
+    try:
+        _run(read_json(job_dir / "job.json"), rank)
+    except UserError as error:
+        write_json(job_dir / f"error_{rank}.json", {"kind": "user", "rank": rank, "message": str(error), "time": time.time()})
+        return 2
+    except BaseException:
+        record = {"kind": "failure", "rank": rank, "traceback": traceback.format_exc(), "time": time.time()}
+        write_json(job_dir / f"error_{rank}.json", record)
+        raise
+    return 0
+
+
+def _run(job: dict[str, Any], rank: int) -> None:
+    open_cpu_door()
+    _quieten()
+    import torch.distributed as dist
+
+    from nemo_minitron.config import config_from_dict
+    from nemo_minitron.parallel import groups
+    from nemo_minitron.stages.context import Context
+    from nemo_minitron.stages.execute import execute
+
+    context = Context(config=config_from_dict(job["config"]), rank=rank)
+    groups.start(context.layout, timeout_s=context.config.parallel.timeout_s)
+    groups.seed_everything(context.config.seed)
+    execute(context, job["stages"], barrier=dist.barrier)
+    groups.stop()
+
+
+def _quieten() -> None:
+    """NeMo, Megatron and Lightning announce themselves at length; our own lines are the ones to read."""
+    warnings.filterwarnings("ignore")
+    for name in ("nemo_logger", "lightning.pytorch", "lightning", "megatron", "torch.distributed", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # gloo's threads can hold up an ordinary exit after a failure on another rank
