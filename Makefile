@@ -27,7 +27,7 @@ $(STAMP):
 	        fi; \
 	    done; \
 	    if [ -z "$$python" ]; then \
-	        echo "make setup: needs Python 3.11 or 3.12, found $$(python3 --version 2>&1 || true)" >&2; exit 2; \
+	        echo "make setup: needs Python 3.11 or 3.12, found $$(python3 --version 2>/dev/null || echo none)" >&2; exit 2; \
 	    fi; \
 	    if ! $$python -m venv --clear .venv >/dev/null 2>&1; then \
 	        echo "make setup: '$$python -m venv' failed; on Debian or Ubuntu: apt-get install $$($$python -c \

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_minitron.errors import CheckpointError
 
@@ -33,6 +34,12 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 def shard_name(index: int, count: int) -> str:
     """File name of shard `index` (from 0) of `count`, as `transformers` spells it."""
     return SINGLE_FILE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def bfloat16_bits(values: NDArray[Any]) -> NDArray[Any]:
+    """Finite float32 `values` rounded to BF16 (nearest, ties to even), as raw `uint16`."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +81,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         if entry.end > size:
             raise CheckpointError(f"truncated safetensors file {path}", found=f"{size} bytes",
                                   expected=f"at least {entry.end} bytes for tensor {name}")
+        if entry.begin < 8 + length:
+            raise CheckpointError(f"bad safetensors file {path}", expected="offsets within the data",
+                                  found=f"{name} before it")
         kind = NUMPY_DTYPES.get(entry.dtype)
         if kind is not None and entry.end - entry.begin != math.prod(entry.shape) * kind.itemsize:
             raise CheckpointError(f"bad safetensors file {path}", expected=f"{entry.dtype} {entry.shape} in {name}",

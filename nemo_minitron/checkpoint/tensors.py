@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_minitron.artifacts import write_json
 from nemo_minitron.checkpoint.container import INDEX_FILE, NUMPY_DTYPES, SINGLE_FILE, Entry, read_header, shard_name
@@ -79,6 +80,11 @@ class TensorReader:
             self._read_index()
         self.names: tuple[str, ...] = tuple(self._where)
 
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files that hold the tensors."""
+        return [self.directory / shard for shard in dict.fromkeys(shard for shard, _ in self._where.values())]
+
     def _read_index(self) -> None:
         path = self.directory / INDEX_FILE
         if not path.exists():
@@ -118,7 +124,7 @@ class TensorReader:
         """Type of tensor `name` in the spelling of safetensors (`F32`, `BF16`, ...)."""
         return self._entry(name)[1].dtype
 
-    def read(self, name: str, *, rows: Selection = None, cols: Selection = None) -> np.ndarray:
+    def read(self, name: str, *, rows: Selection = None, cols: Selection = None) -> NDArray[Any]:
         """Tensor `name`, or the `rows` (dim 0) and `cols` (dim 1, 2-D tensors only) selected, in the order given.
 
         Only the byte ranges of the wanted rows are read, one `pread` per contiguous run. Where columns are
@@ -153,8 +159,8 @@ class TensorReader:
         columns = cols if isinstance(cols, slice) else np.asarray(cols, dtype=np.int64)
         return self._read_columns(shard, entry, runs, columns, kind)
 
-    def _read_columns(self, shard: str, entry: Entry, runs: list[tuple[int, int]], columns: slice | np.ndarray,
-                      kind: np.dtype[Any]) -> np.ndarray:
+    def _read_columns(self, shard: str, entry: Entry, runs: list[tuple[int, int]], columns: slice | NDArray[Any],
+                      kind: np.dtype[Any]) -> NDArray[Any]:
         width = entry.shape[1]
         num_columns = np.empty(width, np.bool_)[columns].size
         out = np.empty((sum(stop - start for start, stop in runs), num_columns), kind)
@@ -169,13 +175,13 @@ class TensorReader:
                 done += len(part)
         return out
 
-    def _pread(self, shard: str, out: np.ndarray, offset: int) -> None:
+    def _pread(self, shard: str, out: NDArray[Any], offset: int) -> None:
         """Fill the C-contiguous `out` from byte `offset` of `shard`."""
         if not out.size:
             return
         if shard not in self._files:
             self._files[shard] = os.open(self.directory / shard, os.O_RDONLY)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             count = os.preadv(self._files[shard], [view[done:]], offset + done)
@@ -206,7 +212,8 @@ TensorPlan = tuple[str, str, tuple[int, ...]]
 class ShardWriter:
     """One safetensors file, written in any order under a temporary name.
 
-    The header is complete before the first tensor arrives, so nothing is held back in memory.
+    The header is complete before the first tensor arrives, so nothing is held back in memory. As a context
+    manager: `finish` and `publish` on success, `abort` on an exception.
     """
 
     def __init__(self, path: Path, tensors: Sequence[TensorPlan], *, metadata: Mapping[str, str]) -> None:
@@ -235,12 +242,12 @@ class ShardWriter:
         self._pwrite(len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(self._file, begin + position)
 
-    def write(self, name: str, array: np.ndarray) -> None:
+    def write(self, name: str, array: NDArray[Any]) -> None:
         """Write the whole tensor `name`; `array` has its planned shape and numpy type (BF16: raw `uint16`)."""
         assert array.shape == self._entries[name].shape, f"{name}: {array.shape}, planned {self._entries[name].shape}"
         self.write_rows(name, 0, array if array.shape else array.reshape(1))
 
-    def write_rows(self, name: str, start_row: int, array: np.ndarray) -> None:
+    def write_rows(self, name: str, start_row: int, array: NDArray[Any]) -> None:
         """Write rows `start_row ..` (dim 0) of tensor `name`; the other dims are whole."""
         entry, written = self._entries[name], self._written[name]
         rows = slice(start_row, start_row + len(array))
@@ -250,7 +257,7 @@ class ShardWriter:
         row_bytes = (entry.end - entry.begin) // max(1, len(written))
         data = np.ascontiguousarray(array)
         if data.size:
-            self._pwrite(memoryview(data.reshape(-1).view(np.uint8)), entry.begin + start_row * row_bytes)
+            self._pwrite(data.reshape(-1).view(np.uint8).data, entry.begin + start_row * row_bytes)
         written[rows] = True
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
@@ -280,6 +287,17 @@ class ShardWriter:
             self._file = None
         self._partial.unlink(missing_ok=True)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+            self.publish()
+        else:
+            self.abort()
+
 
 class TensorWriter:
     """A set of safetensors files for `transformers`, planned up front and written in any order.
@@ -308,11 +326,11 @@ class TensorWriter:
         self._of = {name: writer for writer, shard in zip(self._shards, shards, strict=True) for name, _, _ in shard}
         assert len(self._of) == len(tensors), "two tensors of one name"
 
-    def write(self, name: str, array: np.ndarray) -> None:
+    def write(self, name: str, array: NDArray[Any]) -> None:
         """Write the whole tensor `name`; see `ShardWriter.write`."""
         self._of[name].write(name, array)
 
-    def write_rows(self, name: str, start_row: int, array: np.ndarray) -> None:
+    def write_rows(self, name: str, start_row: int, array: NDArray[Any]) -> None:
         """Write some rows of tensor `name`; see `ShardWriter.write_rows`."""
         self._of[name].write_rows(name, start_row, array)
 

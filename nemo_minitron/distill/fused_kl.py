@@ -108,9 +108,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, chunks: _Chunks) -> FusedLoss:
-        # Autocast would compute the logits in bfloat16.
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            loss, grad_hidden, grad_head = chunks.run()
+        loss, grad_hidden, grad_head = chunks.run()
         ctx.grads = (grad_hidden, grad_head) if chunks.wants_grad else None
         ctx.dtypes = (student_hidden.dtype, student_head.dtype)
         ctx.mark_non_differentiable(*loss[1:])
@@ -147,6 +145,7 @@ class _Side:
         return self.hidden[rows].to(self.head.dtype).masked_fill(~valid[rows].unsqueeze(1), 0)
 
     def logits(self, inputs: Tensor, out: Tensor) -> Tensor:
+        # `out=` and in-place GEMMs here and below are also what autocast leaves alone.
         if self.head.dtype == self.compute_dtype:
             return torch.mm(inputs, self.head.t(), out=out)
         return torch.mm(inputs, self.head.t(), out_dtype=self.compute_dtype, out=out)

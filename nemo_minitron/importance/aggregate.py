@@ -9,6 +9,7 @@ Shape letters: L layers, H hidden, F ffn, N query heads, G query groups.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from nemo_minitron.errors import ConfigError, ScoresError
 from nemo_minitron.importance.scores import (
@@ -23,7 +24,7 @@ BATCH_AGGREGATIONS = ("mean", "l2", "var")
 
 
 def aggregate(scores: Scores, axis: str, *, batch: str = DEFAULT_AGGREGATION["batch"],
-              sequence: str = DEFAULT_AGGREGATION["sequence"]) -> np.ndarray:
+              sequence: str = DEFAULT_AGGREGATION["sequence"]) -> npt.NDArray[np.float64]:
     """Aggregate one width axis over samples (arXiv:2407.14679, section 2.2 and Table 11).
 
     First, when the scores were collected, along the sequence. With a_1..a_S the activations of one unit at the S
@@ -64,7 +65,7 @@ def aggregate(scores: Scores, axis: str, *, batch: str = DEFAULT_AGGREGATION["ba
 
 
 def importance(scores: Scores, axis: str, *, batch: str = DEFAULT_AGGREGATION["batch"],
-               sequence: str = DEFAULT_AGGREGATION["sequence"]) -> np.ndarray:
+               sequence: str = DEFAULT_AGGREGATION["sequence"]) -> npt.NDArray[np.float64]:
     """Importance of each unit of `axis`; larger means keep.
 
     hidden [H]: `aggregate` summed over the 2L norms, as the residual stream is shared by all layers
@@ -83,7 +84,7 @@ def importance(scores: Scores, axis: str, *, batch: str = DEFAULT_AGGREGATION["b
                               found="only " + ", ".join(sorted(scores.tensors)), key="importance.axes")
         return scores.tensors[BLOCK_INFLUENCE]
     per_row = aggregate(scores, axis, batch=batch, sequence=sequence)
-    return per_row.sum(axis=0) if axis == "hidden" else per_row
+    return np.sum(per_row, axis=0, dtype=np.float64) if axis == "hidden" else per_row
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

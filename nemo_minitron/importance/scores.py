@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
@@ -74,7 +75,7 @@ class Scores:
     samples_digest: str
     source_digest: str
     measures: dict[str, str]
-    tensors: dict[str, np.ndarray]
+    tensors: dict[str, npt.NDArray[np.float64]]
 
     def check(self) -> Scores:
         """Return self.

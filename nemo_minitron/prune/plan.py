@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Plan
@@ -40,7 +42,8 @@ def target_arch(source: ArchSpec, target: Mapping[str, int]) -> ArchSpec:
         if key in FIXED_SIZES and size != source_size:
             raise ArchError("attention heads and query groups are not pruned", key=f"prune.target.{key}",
                             expected=f"{key} to be {source_size} (the source's)", found=repr(size))
-    return dataclasses.replace(source, **target).check()
+    changes: dict[str, Any] = dict(target)
+    return dataclasses.replace(source, **changes).check()
 
 
 def make_plan(source: ArchSpec, target: Mapping[str, int], scores: Scores | None, *,
@@ -92,7 +95,7 @@ def make_plan(source: ArchSpec, target: Mapping[str, int], scores: Scores | None
     )
 
 
-def top_indices(importance_of_units: np.ndarray, num_kept: int) -> tuple[int, ...]:
+def top_indices(importance_of_units: npt.NDArray[np.float64], num_kept: int) -> tuple[int, ...]:
     """Ascending indices of the `num_kept` largest of [units]; equal values keep the lower index."""
     order = np.argsort(-importance_of_units, kind="stable")
     return tuple(sorted(int(index) for index in order[:num_kept]))

@@ -7,17 +7,16 @@ with the model and parallel layouts cannot matter. Numbers are copied bit for bi
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron import artifacts
 from nemo_minitron.arch import ArchSpec
-from nemo_minitron.artifacts import Plan
+from nemo_minitron.artifacts import Plan, read_json, write_json
 from nemo_minitron.checkpoint import families
 from nemo_minitron.checkpoint.container import NUMPY_DTYPES
+from nemo_minitron.checkpoint.directory import copy_tokenizer_files, prepare_partial, publish_partial
 from nemo_minitron.checkpoint.families import HFTensor
 from nemo_minitron.checkpoint.tensors import TensorReader, TensorWriter
 from nemo_minitron.errors import CheckpointError
@@ -42,56 +41,72 @@ def prune_checkpoint(source_dir: Path, plan: Plan, output_dir: Path, *, shard_by
         extra_config: further keys for config.json.
 
     Raises:
-        CheckpointError: `source_dir` is broken or its tensors are not those of `plan.source`.
+        CheckpointError: `source_dir` is broken, is not of shape `plan.source`, holds tensors that its family does
+            not know, or lies in `output_dir`.
     """
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if source_dir.resolve().is_relative_to(output_dir.resolve()):
+        raise CheckpointError("the output directory would replace the source", found=str(output_dir),
+                              expected=f"another output directory than {source_dir}")
+    _check_arch(source_dir, plan.source)
     pairs = list(_source_and_target_tensors(plan))
-    try:
-        with TensorReader(source_dir) as reader:
-            for source, _ in pairs:
-                _check(reader, source)
+    with TensorReader(source_dir) as reader:
+        _check_tensors(reader, plan.source)
+        partial = prepare_partial(output_dir)
+        try:
             planned = [(target.name, reader.dtype(source.name), target.shape) for source, target in pairs]
             with TensorWriter(partial, planned, shard_bytes=shard_bytes) as writer:
                 for source, target in pairs:
                     _copy(reader, writer, plan, source, target)
-        base = artifacts.read_json(source_dir / "config.json")
-        artifacts.write_json(partial / "config.json",
-                             {**families.hf_config(plan.target, base), **(extra_config or {})})
-        families.copy_tokenizer_files(source_dir, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(output_dir, ignore_errors=True)
-    os.replace(partial, output_dir)
+            config = families.hf_config(plan.target, read_json(source_dir / "config.json"))
+            write_json(partial / "config.json", {**config, **(extra_config or {})})
+            copy_tokenizer_files(source_dir, partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    publish_partial(output_dir)
 
 
 def _source_and_target_tensors(plan: Plan) -> Iterator[tuple[HFTensor, HFTensor]]:
-    """Each tensor of the target with the source tensor it is cut from, in the target's order.
+    """Each tensor of the target, in file order, with the source tensor it is cut from.
 
     Both come from the same family, so within a layer (and outside the layers) they are listed alike.
     """
-    by_source_layer = _by_layer(plan.source)
-    for layer, targets in _by_layer(plan.target).items():
-        source_layer = None if layer is None else plan.layers[layer]
-        yield from zip(by_source_layer[source_layer], targets, strict=True)
+    by_layer: dict[int | None, list[HFTensor]] = {}
+    for source in families.hf_tensors_with_axes(plan.source):
+        by_layer.setdefault(source.layer, []).append(source)
+    remaining: dict[int | None, Iterator[HFTensor]] = {None: iter(by_layer[None])}
+    remaining.update((layer, iter(by_layer[source_layer])) for layer, source_layer in enumerate(plan.layers))
+    for target in families.hf_tensors_with_axes(plan.target):
+        yield next(remaining[target.layer]), target
 
 
-def _by_layer(arch: ArchSpec) -> dict[int | None, list[HFTensor]]:
-    tensors: dict[int | None, list[HFTensor]] = {}
-    for tensor in families.hf_tensors_with_axes(arch):
-        tensors.setdefault(tensor.layer, []).append(tensor)
-    return tensors
+def _check_arch(source_dir: Path, expected: ArchSpec) -> None:
+    found = families.read_arch(source_dir).to_dict()
+    differing = {name: value for name, value in expected.to_dict().items() if found[name] != value}
+    if differing:
+        raise CheckpointError(f"{source_dir} is not the model that the plan is for",
+                              expected=", ".join(f"{name} {value}" for name, value in differing.items()),
+                              found=", ".join(f"{name} {found[name]}" for name in differing))
 
 
-def _check(reader: TensorReader, source: HFTensor) -> None:
-    found, dtype = reader.shape(source.name), reader.dtype(source.name)
-    if found != source.shape:
-        raise CheckpointError(f"tensor {source.name} in {reader.directory} is not that of the plan's source",
-                              expected=f"shape {source.shape}", found=f"shape {found}")
-    if dtype not in NUMPY_DTYPES:
-        raise CheckpointError(f"tensor {source.name} in {reader.directory} has an unsupported type",
-                              expected=", ".join(NUMPY_DTYPES), found=dtype)
+def _check_tensors(reader: TensorReader, arch: ArchSpec) -> None:
+    """Check names, shapes and types before anything is written; what the family does not know would be lost."""
+    expected = dict(families.hf_tensors(arch))
+    for name, shape in expected.items():
+        found, dtype = reader.shape(name), reader.dtype(name)
+        if found != shape:
+            raise CheckpointError(f"tensor {name} in {reader.directory} does not fit its config.json",
+                                  expected=f"shape {shape}", found=f"shape {found}")
+        if dtype not in NUMPY_DTYPES:
+            raise CheckpointError(f"tensor {name} in {reader.directory} has an unsupported type",
+                                  expected=", ".join(NUMPY_DTYPES), found=dtype)
+    # Old files hold rotary frequencies, which config.json decides, and a copy of a tied embedding as LM head.
+    derived = {families.FAMILIES[arch.family].head} if arch.tied_embeddings else set()
+    unknown = [name for name in reader.names
+               if name not in expected and name not in derived and not name.endswith(".rotary_emb.inv_freq")]
+    if unknown:
+        raise CheckpointError(f"unknown tensors in {reader.directory}", found=", ".join(unknown[:3]),
+                              expected=f"only those of family '{arch.family}'")
 
 
 def _copy(reader: TensorReader, writer: TensorWriter, plan: Plan, source: HFTensor, target: HFTensor) -> None:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -22,16 +23,33 @@ def read_commands(commands: "queue.Queue[dict[str, Any]]") -> None:
     os._exit(0)  # the main thread may be in a collective that nobody will ever join
 
 
-def outcome(command: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
-    """Run one job; whatever it raises becomes text for the test's report."""
+def connect(rank: int, world_size: int) -> None:
+    """Join the gloo group of the pool, and open the CPU door so that a module of jobs may import Megatron."""
+    import torch
+    import torch.distributed as dist
+
+    from nemo_minitron.parallel.cpu import open_cpu_door
+
+    open_cpu_door()
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['RANK_POOL_STORE']}", rank=rank, world_size=world_size,
+        timeout=datetime.timedelta(seconds=120),
+    )
+
+
+def call(job: str, rank: int, world_size: int, kwargs: dict[str, Any]) -> Any:
+    """Import the function that `job` names ("module:function") and run it."""
+    module, _, name = job.partition(":")
+    return getattr(importlib.import_module(module), name)(rank, world_size, **kwargs)
+
+
+def outcome(function: Callable[..., Any], *args: Any) -> str:
+    """One line of JSON: what `function` returned, or the traceback of what it raised, for the test's report."""
     try:
-        module, _, name = command["job"].partition(":")
-        job = getattr(importlib.import_module(module), name)
-        result = job(rank, world_size, **command["kwargs"])
-        json.dumps(result)  # what cannot be sent back is the job's mistake too
-        return {"ok": True, "result": result}
+        return json.dumps({"ok": True, "result": function(*args)})
     except BaseException:
-        return {"ok": False, "error": traceback.format_exc()}
+        return json.dumps({"ok": False, "error": traceback.format_exc()})
 
 
 def main() -> None:
@@ -39,26 +57,11 @@ def main() -> None:
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=read_commands, args=[commands], daemon=True).start()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with os.fdopen(int(sys.argv[1]), "w") as replies:
-
-        def reply(value: dict[str, Any]) -> None:
-            replies.write(json.dumps(value) + "\n")
-            replies.flush()
-
-        import torch
-        import torch.distributed as dist
-
-        from nemo_minitron.parallel.cpu import open_cpu_door
-
-        open_cpu_door()  # here, so that a module of jobs may import Megatron at its top
-        torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{os.environ['RANK_POOL_STORE']}", rank=rank, world_size=world_size,
-            timeout=datetime.timedelta(seconds=120),
-        )
-        reply({"ok": True, "result": None})
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as replies:
+        replies.write(outcome(connect, rank, world_size) + "\n")
         while True:
-            reply(outcome(commands.get(), rank, world_size))
+            command = commands.get()
+            replies.write(outcome(call, command["job"], rank, world_size, command["kwargs"]) + "\n")
 
 
 if __name__ == "__main__":

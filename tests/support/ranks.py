@@ -129,14 +129,18 @@ class _Rank:
     def receive(self) -> None:
         """Read one reply; end of file means that the process died."""
         line = self.replies.readline()
-        died = {"ok": False, "error": f"the process died (exit code {self.process.poll()})"}
-        self.reply = json.loads(line) if line else died
+        if line:
+            self.reply = json.loads(line)
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2.0)  # for its exit code and the last of its log
+        self.reply = {"ok": False, "error": f"the process died (exit code {self.process.poll()})"}
 
     def dump_stack(self) -> str:
         """Where every thread of the process is now (faulthandler writes it to the log)."""
         before = self.log.stat().st_size
         self.process.send_signal(signal.SIGUSR1)
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + 10.0
         size = before
         while time.monotonic() < deadline:
             time.sleep(0.1)
