@@ -53,9 +53,16 @@ class Context:
         Raises:
             ConfigError: neither is there.
         """
-        for stage in ("correct", "initialize"):
-            if stage in self.config.stages:
-                return self.stage_dir(stage) / "checkpoint"
+        return self.stage_dir("correct") / "checkpoint" if "correct" in self.config.stages else self.start_path()
+
+    def start_path(self) -> Path:
+        """The model before any correction: the random weights of `initialize`, or `teacher.path`.
+
+        Raises:
+            ConfigError: neither is there.
+        """
+        if "initialize" in self.config.stages:
+            return self.stage_dir("initialize") / "checkpoint"
         if self.config.teacher.path is None:
             raise ConfigError("no teacher", expected="a Hugging Face directory", found="null", key="teacher.path")
         return Path(self.config.teacher.path)

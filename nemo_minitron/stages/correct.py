@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.digest import read_checkpoint
-from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.train import student_arguments, train_stage
 from nemo_minitron.training.module import TrainingModule
 
 
-def start_path(context: Context) -> Path:
-    """What is trained: the random weights of `initialize`, or `teacher.path`."""
-    if "initialize" in context.config.stages:
-        return context.stage_dir("initialize") / "checkpoint"
-    if context.config.teacher.path is None:
-        raise ConfigError("no teacher", expected="a Hugging Face directory", found="null", key="teacher.path")
-    return Path(context.config.teacher.path)
-
-
 def run(context: Context) -> dict[str, Any]:
     """Train on `correct.tokens` tokens; every rank takes part."""
-    start = read_checkpoint(start_path(context))
+    start = read_checkpoint(context.start_path())
     module = TrainingModule(**student_arguments(context, start))
     return train_stage(context, "correct", module, start=start, tokens=context.config.correct.tokens)

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from nemo_minitron.artifacts import digest_json
+from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.stages.context import Context
 
 TEACHER = "teacher"
@@ -127,10 +128,7 @@ def due_stages(context: Context) -> list[str]:
 
 
 def _model_digest(context: Context, name: str) -> str | None:
-    from nemo_minitron.checkpoint.digest import read_checkpoint
-    from nemo_minitron.stages.correct import start_path
-
-    path = context.teacher_path() if name == TEACHER else start_path(context)
+    path = context.teacher_path() if name == TEACHER else context.start_path()
     made_here = path.is_relative_to(context.round_dir)
     if made_here:
         manifest = context.manifest(path.parent.name)
