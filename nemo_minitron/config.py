@@ -273,7 +273,8 @@ def _check(config: Config) -> None:
     for name, allowed in (("stages", STAGES), ("controls", CONTROLS)):
         unknown = [value for value in getattr(config, name) if value not in allowed]
         if unknown:
-            raise ConfigError(f"unknown entry in {name}", expected=", ".join(allowed), found=", ".join(unknown), key=name)
+            raise ConfigError(f"unknown entry in {name}", expected=", ".join(allowed), found=", ".join(unknown),
+                              key=name)
     choices = (
         ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed")),
         ("importance.batch", config.importance.batch, ("mean", "l2", "var")),

@@ -26,7 +26,8 @@ def main() -> int:
     try:
         _run(read_json(job_dir / "job.json"), rank)
     except UserError as error:
-        write_json(job_dir / f"error_{rank}.json", {"kind": "user", "rank": rank, "message": str(error), "time": time.time()})
+        record = {"kind": "user", "rank": rank, "message": str(error), "time": time.time()}
+        write_json(job_dir / f"error_{rank}.json", record)
         return 2
     except BaseException:
         record = {"kind": "failure", "rank": rank, "traceback": traceback.format_exc(), "time": time.time()}

@@ -54,7 +54,7 @@ def heldout_loss(model: HiddenStateGPT, samples: TokenSamples, *, layout: Layout
 
 
 def padded_batch(samples: TokenSamples, ids: np.ndarray, size: int) -> Batch:
-    """The samples `ids` and, up to `size`, copies of sample 0 that are wholly masked: the pipeline wants equal shapes."""
+    """The samples `ids`, filled up to `size` with masked copies of sample 0: the pipeline wants equal shapes."""
     batch = samples.batch([*ids.tolist(), *[0] * (size - len(ids))])
     batch.loss_mask[len(ids):] = 0.0
     return batch

@@ -30,7 +30,7 @@ from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.parallel.schedule import forward_only
 
 MEASURES = {
-    "ffn": "post-activation: act(gate) * up, the input of linear_fc2 (official code; the paper's formula is pre-activation)",
+    "ffn": "post-activation: act(gate) * up, the input of linear_fc2 (as the official code; the paper: pre-activation)",
     "hidden": "outputs of the input norm and the pre-MLP norm of every layer, the final norm not included",
     "layers": "block influence: 1 - mean over tokens of cos(layer input, layer output)",
 }

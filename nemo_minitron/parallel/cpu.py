@@ -42,6 +42,7 @@ def open_cpu_door() -> None:
         setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
     _patch_tensor()
     _patch_cuda_module()
+    _refuse_cuda_builds()
     torch.cuda._minitron_cpu_door = True  # type: ignore[attr-defined]
 
 
@@ -56,6 +57,19 @@ def use_in_process_checkpoint_queue() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = queue.Queue()
+
+
+def _refuse_cuda_builds() -> None:
+    """Keep Megatron from compiling CUDA code when it is imported: it takes a failure for "not available".
+
+    Besides the time, a process killed while compiling would leave a lock behind that hangs every later import.
+    """
+    from torch.utils import cpp_extension
+
+    def load_inline(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError("CUDA extensions are not built where there is no CUDA")
+
+    cpp_extension.load_inline = load_inline
 
 
 def _names_cuda(target: Any) -> bool:
@@ -94,10 +108,10 @@ def _patch_tensor() -> None:
     def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
 
-    torch.Tensor.to = to  # type: ignore[assignment, method-assign]
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
     torch.Tensor.type = type_  # type: ignore[assignment, method-assign]
-    torch.Tensor.cuda = stay  # type: ignore[assignment, method-assign]
-    torch.nn.Module.cuda = stay  # type: ignore[assignment, method-assign]
+    torch.Tensor.cuda = stay  # type: ignore[method-assign]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
 
 
 class _Stream:
@@ -166,6 +180,7 @@ def _patch_cuda_module() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     for module in (torch.cuda, cuda_random):
-        module.get_rng_state, module.set_rng_state = get_rng_state, set_rng_state  # type: ignore[assignment]
-        module.manual_seed = manual_seed  # type: ignore[assignment]
-    torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _returning(None), _returning(None)  # type: ignore[assignment]
+        for function in (get_rng_state, set_rng_state, manual_seed):
+            setattr(module, function.__name__, function)
+    for name in ("range_push", "range_pop"):
+        setattr(torch.cuda.nvtx, name, _returning(None))

@@ -1,4 +1,4 @@
-"""`summary.json`: the few numbers that other people's scripts read. Losses are nats/token on the same held-out tokens."""
+"""`summary.json`: the few numbers that other people's scripts read; losses in nats/token on the same held-out tokens."""
 
 from __future__ import annotations
 
@@ -37,15 +37,17 @@ def summarize(*, name: str, round_name: str, teacher_path: Path, round_dir: Path
         if "scratch" in loss:
             entry["excess_vs_scratch"] = _ratio(entry["excess"], loss["scratch"] - loss["teacher"])
     teacher = evaluated["teacher"]
-    return {"name": name, "heldout_tokens": teacher["num_tokens"], "heldout_bytes": teacher["num_bytes"], "rounds": [entry]}
+    return {"name": name, "heldout_tokens": teacher["num_tokens"], "heldout_bytes": teacher["num_bytes"],
+            "rounds": [entry]}
 
 
 def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> dict[str, Any]:
     arch: ArchSpec = read_arch(path)
     result = {} if manifest is None else manifest.result
     return {"path": str(path), "loss": record["loss"], "bits_per_byte": record["bits_per_byte"],
-            "num_parameters": arch.num_parameters(), "num_non_embedding_parameters": arch.num_non_embedding_parameters(),
-            "tokens": result.get("tokens"), "seconds": result.get("seconds"), "tokens_per_s": result.get("tokens_per_s")}
+            "num_parameters": arch.num_parameters(),
+            "num_non_embedding_parameters": arch.num_non_embedding_parameters(),
+            **{key: result.get(key) for key in ("tokens", "seconds", "tokens_per_s")}}
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

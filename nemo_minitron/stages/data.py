@@ -40,8 +40,8 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
 
     def find_or_make() -> PreparedData:
         return prepare(
-            kind=resolve_kind(data.kind, data.path), directory=context.data_dir, tokenizer_directory=tokenizer_directory,
-            path=None if data.path is None else Path(data.path), separator=data.separator,
+            kind=resolve_kind(data.kind, data.path), directory=context.data_dir,
+            tokenizer_directory=tokenizer_directory, path=None if data.path is None else Path(data.path), separator=data.separator,
             num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction,
             calibration_fraction=data.calibration_fraction,
         )

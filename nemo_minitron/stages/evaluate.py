@@ -27,8 +27,8 @@ MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scr
 def models_there(context: Context) -> dict[str, Path]:
     """Directories of the models that exist by now: the teacher, and those of finished stages."""
     found = {"teacher": context.teacher_path()}
-    found |= {name: context.stage_dir(stage) / "checkpoint" for name, stage in MODELS.items() if context.manifest(stage)}
-    return found
+    done = {name: stage for name, stage in MODELS.items() if context.manifest(stage)}
+    return found | {name: context.stage_dir(stage) / "checkpoint" for name, stage in done.items()}
 
 
 def run(context: Context) -> dict[str, Any]:

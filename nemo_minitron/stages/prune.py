@@ -25,7 +25,8 @@ def target_sizes(target: TargetConfig) -> dict[str, int]:
     sizes = {name: size for name, size in dataclasses.asdict(target).items() if size is not None}
     if not sizes:
         names = ", ".join(field.name for field in dataclasses.fields(target))
-        raise ConfigError("no target to prune to", expected=f"at least one of {names}", found="none", key="prune.target")
+        raise ConfigError("no target to prune to", expected=f"at least one of {names}", found="none",
+                          key="prune.target")
     return sizes
 
 

@@ -57,10 +57,10 @@ STAGES: dict[str, Stage] = {
     "distill": Stage(function="distill:run", inputs=(TEACHER, "prune"), config=(*_TRAINING, "distill")),
     "ce": Stage(function="controls:run_ce", inputs=("prune",), config=(*_TRAINING, "distill")),
     "scratch": Stage(function="controls:run_scratch", inputs=("prune",), config=(*_TRAINING, "distill")),
-    "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), optional_inputs=("prune", "distill", "ce", "scratch"),
-                      config=("data",), keeps_files=True),
-    "report": Stage(function="report:run", inputs=("evaluate",), optional_inputs=("score", "prune", "distill", "ce", "scratch", "correct"),
-                    ranks=False, keeps_files=True),
+    "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data",), keeps_files=True,
+                      optional_inputs=("prune", "distill", "ce", "scratch")),
+    "report": Stage(function="report:run", inputs=("evaluate",), ranks=False, keeps_files=True,
+                    optional_inputs=("score", "prune", "distill", "ce", "scratch", "correct")),
 }
 """In the order in which they run."""
 

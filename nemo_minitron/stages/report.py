@@ -10,12 +10,13 @@ from nemo_minitron.report.page import write_report
 from nemo_minitron.report.summary import summarize
 from nemo_minitron.stages.context import ROUND, Context
 from nemo_minitron.stages.evaluate import MODELS, models_there
+from nemo_minitron.stages.registry import STAGES
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write them into the run's directory; runs on rank 0 alone."""
     run_dir = context.config.run_dir
-    manifests = {stage: context.manifest(stage) for stage in ("initialize", "correct", "score", "distill", "prune", "ce", "scratch")}
+    manifests = {stage: context.manifest(stage) for stage in STAGES}
     evaluated = {name: read_json(context.stage_dir("evaluate") / f"{name}.json") for name in models_there(context)}
     summary = summarize(name=context.config.name, round_name=ROUND, teacher_path=context.teacher_path(),
                         round_dir=context.round_dir, manifests=manifests, evaluated=evaluated)

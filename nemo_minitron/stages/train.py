@@ -24,7 +24,8 @@ def student_arguments(context: Context, student: Checkpoint) -> dict[str, Any]:
             "chunk_tokens": train.chunk_tokens, "bf16": train.precision == "bf16-mixed"}
 
 
-def train_stage(context: Context, stage: str, module: TrainingModule, *, start: Checkpoint, tokens: int) -> dict[str, Any]:
+def train_stage(context: Context, stage: str, module: TrainingModule, *, start: Checkpoint,
+                tokens: int) -> dict[str, Any]:
     """Train `module`, which starts from `start`, and write `checkpoint/` in the stage's directory."""
     config, layout = context.config, context.layout
     directory: Path = context.stage_dir(stage)

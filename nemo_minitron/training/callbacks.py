@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.artifacts import read_json, write_json
+from nemo_minitron.parallel.cpu import cuda_is_available
 from nemo_minitron.training.module import TrainingModule, reduced_step_means
 
 
@@ -76,6 +77,11 @@ class Meters(pl.Callback):
                   f"ETA {int(left) // 60}:{int(left) % 60:02d}", flush=True)
         self.write(line)
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the `seconds` just spent on something else as training."""
+        self._last += seconds
+        self._mark += seconds
+
     def write(self, line: dict[str, Any]) -> None:
         """Append one line (rank 0)."""
         self._file.write(json.dumps(line) + "\n")
@@ -107,8 +113,7 @@ class HeldOut(pl.Callback):
         if trainer.is_global_zero:
             self.meters.write({"step": step, "tokens": int(self.meters.tokens), "heldout_ce": loss})
             print(f"[{self.meters.label}] step {step}  held-out {loss:.4f} nats/token", flush=True)
-        self.meters._last += time.monotonic() - started
-        self.meters._mark += time.monotonic() - started
+        self.meters.leave_out(time.monotonic() - started)
 
 
 class ResumePoints(pl.Callback):
@@ -166,5 +171,7 @@ def keep_lines_until(path: Path, step: int) -> None:
 
 
 def deterministic_cpu() -> None:
-    """Ask torch for deterministic algorithms, so that a rerun on the same CPU and threads is bit-equal."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """On CPU, ask torch for deterministic algorithms, so that a rerun with the same threads is bit-equal."""
+    if not cuda_is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written

@@ -86,11 +86,11 @@ class SumReduction(MegatronLossReduction):
         super().__init__()
         self._owner = [owner]  # in a list: the owner is not to become a submodule of its own part
 
-    def forward(self, batch: Batch, terms: LossTerms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(self, batch: Batch, terms: LossTerms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(loss sum with gradient, number of valid tokens, sums for the meters) of one micro-batch."""
         return terms.loss_sum, terms.num_tokens, terms.sums
 
-    def reduce(self, losses_reduced_per_micro_batch: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+    def reduce(self, losses_reduced_per_micro_batch: list[torch.Tensor]) -> torch.Tensor:
         """This replica's mean loss of the step, nats per valid token (last stage only)."""
         sums = torch.stack(list(losses_reduced_per_micro_batch)).sum(0)
         self._owner[0].step_sums = sums
