@@ -127,4 +127,8 @@ class Manifest:
         path = directory / "manifest.json"
         if not path.exists():
             return None
-        return cls(**read_json(path))
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise UserError("not a manifest", expected=f"the record of a finished stage in {path}",
+                            found=str(error)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 
 from nemo_minitron.config import load_config
 from nemo_minitron.errors import ConfigError, UserError
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return 0
+    warnings.simplefilter("ignore")  # those of libraries at import; our own lines are the ones to read
     try:
         _dispatch(arguments)
     except UserError as error:

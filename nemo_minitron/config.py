@@ -124,9 +124,9 @@ class OptimConfig:
     lr: float = 2e-3
     """Peak learning rate."""
     min_lr: float = 2e-5
-    """Learning rate at the last step."""
+    """Where the cosine ends, one step after the last one."""
     warmup_steps: int = 50
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warm-up, from lr / (warmup_steps + 1)."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -241,10 +241,7 @@ def load_config(overrides: list[str]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for name in (override.partition("=")[2] for override in overrides if override.startswith("experiment=")):
-        if not (conf_dir() / "experiment" / f"{name}.yaml").exists():  # Hydra passes over an optional group's member
-            known = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-            raise ConfigError("unknown experiment", expected=", ".join(known), found=repr(name), key="experiment")
+    _check_overrides(overrides)
     OmegaConf.register_new_resolver("shipped", shipped_model, replace=True)
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
@@ -252,6 +249,25 @@ def load_config(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("the configuration cannot be composed", found=_first_lines(error)) from None
     return config_from_dict(composed)
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Name the override that is at fault where Hydra would not: bad syntax, a group's member that does not exist."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            raise ConfigError("not an override", expected="key=value in Hydra's syntax", found=repr(text)) from None
+        name, group = override.key_or_group, conf_dir() / override.key_or_group
+        if not name:
+            raise ConfigError("not an override", expected="key=value", found=repr(text))
+        if group.is_dir() and not (group / f"{override.value()}.yaml").is_file():
+            known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+            raise ConfigError(f"unknown {name}", expected=known, found=repr(override.value()), key=name)
 
 
 def config_from_dict(data: Any) -> Config:
@@ -298,6 +314,16 @@ def _check(config: Config) -> None:
             value = getattr(getattr(config, node), name)
             if value < 1:
                 raise ConfigError("bad value", expected="a positive number", found=str(value), key=f"{node}.{name}")
+    not_negative = {
+        "optim": tuple(field.name for field in dataclasses.fields(OptimConfig)),
+        "train": ("eval_every_steps", "eval_samples"),
+        "distill": ("kl_weight", "ce_weight"),
+    }
+    for node, names in not_negative.items():
+        for name in names:
+            value = getattr(getattr(config, node), name)
+            if not value >= 0:  # NaN is not
+                raise ConfigError("bad value", expected="zero or more", found=str(value), key=f"{node}.{name}")
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
 

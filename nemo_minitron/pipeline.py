@@ -21,7 +21,7 @@ from nemo_minitron.errors import ConfigError, LayoutError, UserError
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.prune import check_target
-from nemo_minitron.stages.registry import STAGES, due_stages, wanted_stages
+from nemo_minitron.stages.registry import STAGES, check_inputs, due_stages, wanted_stages
 
 
 class WorkerError(Exception):
@@ -40,6 +40,7 @@ def run(config: Config, arguments: list[str]) -> None:
     with _lock(config.run_dir) as lock:
         _record(config, arguments)
         due = due_stages(context)
+        check_inputs(context, due)
         done = [stage for stage in wanted_stages(context) if stage not in due]
         if done:
             print(f"already done: {', '.join(done)}", flush=True)
@@ -68,6 +69,7 @@ def check_recipe(context: Context) -> None:
     if path.is_relative_to(context.round_dir):
         return
     teacher = read_checkpoint(path)
+    context.check_seq_length(teacher.arch)
     layout.check(teacher.arch, name="teacher", seq_length=config.data.seq_length)
     if "prune" in wanted_stages(context):
         layout.check(check_target(teacher.arch, config.prune.target), name="target", seq_length=config.data.seq_length)
@@ -81,6 +83,8 @@ def _record(config: Config, arguments: list[str]) -> None:
     (config.run_dir / "config.yaml").write_text(text, encoding="utf-8")
     path = config.run_dir / "commands.json"
     commands = read_json(path) if path.exists() else []
+    if not isinstance(commands, list):
+        raise UserError("not a list of commands", expected=f"a JSON list in {path}", found=type(commands).__name__)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_json(path, [*commands, {"command": ["minitron", *arguments], "started": started}])
 
@@ -88,8 +92,12 @@ def _record(config: Config, arguments: list[str]) -> None:
 @contextmanager
 def _lock(run_dir: Path) -> Iterator[int]:
     """Keep other runs of the same name out, until the last process that holds the lock's descriptor has ended."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError("results cannot be written", expected="a folder that can be written to",
+                          found=f"{run_dir}: {error.strerror}", key="output_dir") from None
     try:
         deadline = time.monotonic() + 60.0  # workers of a killed run need some seconds to end
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -22,6 +23,9 @@ def main() -> int:
     """Run `job.json` in the folder given as the only argument; leave `error_RANK.json` there when it fails."""
     job_dir = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
+    # torchrun puts each rank into a session of its own; one that outlived a killed torchrun would write into the next
+    # run of the same name
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     faulthandler.register(signal.SIGUSR1)
     try:
         _run(read_json(job_dir / "job.json"), rank)

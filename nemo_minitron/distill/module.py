@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_minitron.data.batch import Batch
 from nemo_minitron.distill.teacher import Teacher
-from nemo_minitron.distill.terms import LossTerms, loss_terms
+from nemo_minitron.distill.terms import METERS, LossTerms, loss_terms
 from nemo_minitron.training.module import TrainingModule
 
 
@@ -32,6 +32,11 @@ class DistillationModule(TrainingModule):
             teacher_hidden=teacher_hidden, teacher_head=self.teacher.head,
             kl_weight=self.kl_weight, ce_weight=self.ce_weight, chunk_tokens=self.chunk_tokens,
         )
+
+    @property
+    def meters(self) -> tuple[str, ...]:
+        """All of them: losses of both models and how often they agree."""
+        return METERS
 
     def before_step(self, batches: list[Batch]) -> None:
         """With several pipeline stages: the teacher's own forward-only pass over the step's micro-batches."""

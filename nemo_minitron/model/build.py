@@ -11,6 +11,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -102,6 +108,7 @@ def build_model(arch: ArchSpec, config: TransformerConfig, *, unfused_norms: boo
         position_embedding_type="rope", rotary_percent=1.0, rotary_base=arch.rope.theta,
     )
     model.arch = arch
+    _mark_sharded_weights(model)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(arch.rope, arch.head_dim).to(device())
     return model.to(device())
 
@@ -131,6 +138,19 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     smooth = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = smooth.clamp(0.0, 1.0)
     return frequencies * (smooth + (1.0 - smooth) / scaling.factor)
+
+
+def _mark_sharded_weights(model: HiddenStateGPT) -> None:
+    """Say which weights are sharded over TP: Megatron does so only when it also initialises them.
+
+    The gradient norm, and with it clipping, counts a weight without this mark on TP rank 0 alone, as a replica.
+    Transformer Engine's layers mark their own.
+    """
+    for module in model.modules():
+        sharded = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
+        if sharded and module.weight is not None:  # None: a tied LM head, which is the embedding
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _layer_spec(config: TransformerConfig, *, unfused_norms: bool) -> Any:

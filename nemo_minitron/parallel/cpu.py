@@ -46,17 +46,34 @@ def open_cpu_door() -> None:
     torch.cuda._minitron_cpu_door = True  # type: ignore[attr-defined]
 
 
-def use_in_process_checkpoint_queue() -> None:
-    """Give Megatron's synchronous checkpoint writer a plain queue on CPU.
+def write_checkpoints_in_process() -> None:
+    """On CPU, let Megatron's synchronous checkpoint writer write in this process, one file after another.
 
-    Its own is a `multiprocessing.Manager`, whose process costs 5 to 8 s at the first save because it
-    imports the main module again. Threads of one process need no more than `queue.Queue`.
+    Its own way forks a process a file, out of a process that has gloo's and OpenMP's threads and may hang
+    for it, and starts a `multiprocessing.Manager`, which costs 5 to 8 s because it imports the main module again.
     """
     if cuda_is_available():
         return
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    writer = filesystem_async.FileSystemWriterAsync
+
+    def write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+        written: dict[int, Any] = {}
+        for index, bucket in enumerate(buckets):
+            answers: queue.Queue[Any] = queue.Queue()
+            pending: queue.Queue[int] = queue.Queue()
+            pending.put(index)
+            writer.write_preloaded_data(transforms, index, bucket, answers, pending, True)
+            answer = answers.get()[1]
+            if isinstance(answer, Exception):
+                results.put(answer)
+                return
+            written[index] = answer
+        results.put(written)
+
     filesystem_async._results_queue = queue.Queue()
+    writer.write_preloaded_data_multiproc = staticmethod(write)
 
 
 def _refuse_cuda_builds() -> None:

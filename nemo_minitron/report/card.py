@@ -9,6 +9,7 @@ from typing import Any
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoint.families import read_arch
 from nemo_minitron.config import Config
+from nemo_minitron.data.corpus import xz_bits_per_byte
 
 _MADE = {
     "correct": "trained by cross-entropy",
@@ -20,8 +21,9 @@ _MADE = {
 
 
 def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest | None],
-               evaluated: Mapping[str, Mapping[str, Any]], record: Mapping[str, Any], config: Config) -> None:
+               evaluated: Mapping[str, Mapping[str, Any]], config: Config, command: str) -> None:
     """Write `README.md` into the checkpoint `directory` made by `stage`; losses are nats/token on held-out text."""
+    record = evaluated[{"correct": "teacher", "prune": "pruned", "distill": "distilled"}.get(stage, stage)]
     manifest = manifests[stage]
     assert manifest is not None
     arch = read_arch(directory)
@@ -45,8 +47,10 @@ def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest 
     if record["bits_per_byte"] is not None:
         loss += f"; {record['bits_per_byte']:.4f} bits/byte over {record['num_bytes']:,} bytes"
     lines.append(f"| held-out loss | {loss} |")
+    if config.data.path is None:
+        lines.append(f"| `xz -9` on the same held-out files | {xz_bits_per_byte():.4f} bits/byte |")
     if stage != "correct":
         lines.append(f"| teacher's held-out loss | {evaluated['teacher']['loss']:.4f} nats/token |")
     lines += [f"| weights digest | sha256 {manifest.result['weights_digest']} |",
-              f"| command | `minitron experiment={config.name}` (resolved recipe: `config.yaml` of the run) |", ""]
+              f"| command | `{command}` (resolved recipe: `config.yaml` of the run) |", ""]
     (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`summary.json`: the few numbers that other people's scripts read; losses in nats/token on the same held-out tokens."""
+"""`summary.json`: the numbers that other people's scripts read; losses in nats/token on the same held-out tokens."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Checkpoint, Manifest
 from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.config import Config
@@ -74,6 +75,14 @@ class Context:
     def student(self) -> Checkpoint:
         """The pruned model."""
         return read_checkpoint(self.stage_dir("prune") / "checkpoint")
+
+    def check_seq_length(self, arch: ArchSpec) -> None:
+        """Raise `ConfigError` for samples longer than the model's context."""
+        seq_length = self.config.data.seq_length
+        if seq_length > arch.max_position_embeddings:
+            raise ConfigError("samples are longer than the model's context",
+                              expected=f"at most {arch.max_position_embeddings} tokens", found=str(seq_length),
+                              key="data.seq_length")
 
     def say(self, text: str) -> None:
         """Print on rank 0."""

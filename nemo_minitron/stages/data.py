@@ -10,7 +10,6 @@ from nemo_minitron.arch import ArchSpec
 from nemo_minitron.data.batch import TokenSamples
 from nemo_minitron.data.prepare import PreparedData, prepare
 from nemo_minitron.data.tokenizer import check_tokenizer, load_tokenizer
-from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 
 
@@ -32,16 +31,14 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
         DataError: text or a tokenizer that cannot be used, found on rank 0 first.
     """
     data = context.config.data
-    if data.seq_length > arch.max_position_embeddings:
-        raise ConfigError("samples are longer than the model's context",
-                          expected=f"at most {arch.max_position_embeddings} tokens", found=str(data.seq_length),
-                          key="data.seq_length")
+    context.check_seq_length(arch)
     check_tokenizer(load_tokenizer(tokenizer_directory), arch.vocab_size)
 
     def find_or_make() -> PreparedData:
         return prepare(
             kind=resolve_kind(data.kind, data.path), directory=context.data_dir,
-            tokenizer_directory=tokenizer_directory, path=None if data.path is None else Path(data.path), separator=data.separator,
+            tokenizer_directory=tokenizer_directory, path=None if data.path is None else Path(data.path),
+            separator=data.separator,
             num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction,
             calibration_fraction=data.calibration_fraction,
         )

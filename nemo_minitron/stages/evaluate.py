@@ -19,15 +19,16 @@ from nemo_minitron.evaluate.loss import heldout_loss
 from nemo_minitron.model.build import load_model, transformer_config
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import prepared_data, split_samples
+from nemo_minitron.stages.registry import is_current
 
 MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch"}
 """Name of each model in the summary -> the stage that made it; the teacher comes first."""
 
 
 def models_there(context: Context) -> dict[str, Path]:
-    """Directories of the models that exist by now: the teacher, and those of finished stages."""
+    """Directories of the models that there are by now: the teacher, and those that this very recipe has made."""
     found = {"teacher": context.teacher_path()}
-    done = {name: stage for name, stage in MODELS.items() if context.manifest(stage)}
+    done = {name: stage for name, stage in MODELS.items() if is_current(context, stage)}
     return found | {name: context.stage_dir(stage) / "checkpoint" for name, stage in done.items()}
 
 

@@ -7,11 +7,14 @@ Megatron or NeMo.
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_minitron.artifacts import digest_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 
 TEACHER = "teacher"
@@ -29,7 +32,7 @@ class StageFunction(Protocol):
 class Stage:
     """One stage.
 
-    `inputs` are stages (or TEACHER) whose results it reads; optional ones count where they exist. `config` are
+    `inputs` are stages (or TEACHER) whose results it reads; optional ones count where they are current. `config` are
     the nodes of the recipe its result depends on. `ranks` says whether every rank runs it, or rank 0 alone.
     """
 
@@ -81,6 +84,8 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         part["train"] = {key: value for key, value in part["train"].items() if key not in _WITHOUT_EFFECT}
     if stage == "score":
         part["importance"] = {"num_samples": part["importance"]["num_samples"]}
+    if stage == "prune":
+        part["importance"] = {key: part["importance"][key] for key in ("batch", "sequence")}
     if stage in ("ce", "scratch"):
         part["distill"] = {"tokens": part["distill"]["tokens"]}
     return part
@@ -93,7 +98,8 @@ def input_digests(context: Context, stage: str) -> dict[str, str] | None:
         if name in (TEACHER, "start"):
             digest = _model_digest(context, name)
         else:
-            manifest = context.manifest(name)
+            stale = name in STAGES[stage].optional_inputs and not is_current(context, name)
+            manifest = None if stale else context.manifest(name)
             digest = None if manifest is None else digest_json([manifest.fingerprint, manifest.result])
         if digest is None:
             if name in STAGES[stage].inputs:
@@ -115,6 +121,12 @@ def is_done(context: Context, stage: str) -> bool:
     return manifest is not None and inputs is not None and manifest.fingerprint == fingerprint(context, stage, inputs)
 
 
+def is_current(context: Context, stage: str) -> bool:
+    """Whether the stage and all that it was made from are done: no control of an earlier target, say."""
+    stages = [name for name in STAGES[stage].inputs if name in STAGES]
+    return is_done(context, stage) and all(is_current(context, name) for name in stages)
+
+
 def due_stages(context: Context) -> list[str]:
     """Which of the wanted stages have to run: those not done, and those that read a result that will be made anew."""
     due: list[str] = []
@@ -127,10 +139,27 @@ def due_stages(context: Context) -> list[str]:
     return due
 
 
+def check_inputs(context: Context, due: list[str]) -> None:
+    """Raise `ConfigError` where a stage reads the result of one that is not done and is not to be run before it."""
+    for stage in due:
+        missing = [name for name in STAGES[stage].inputs
+                   if name in STAGES and name not in due and context.manifest(name) is None]
+        if missing:
+            raise ConfigError(f"stage {stage} lacks its input", expected=f"{', '.join(missing)} among the stages",
+                              found=", ".join(due), key="stages")
+
+
 def _model_digest(context: Context, name: str) -> str | None:
     path = context.teacher_path() if name == TEACHER else context.start_path()
     made_here = path.is_relative_to(context.round_dir)
     if made_here:
         manifest = context.manifest(path.parent.name)
         return None if manifest is None else str(manifest.result["weights_digest"])
+    files = sorted(path.glob("*.safetensors*"))
+    return _weights_digest(path, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=4)
+def _weights_digest(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest of a model that no stage made; `stamps` of its files say whether it must be read again."""
     return read_checkpoint(path).weights_digest

@@ -174,4 +174,5 @@ def deterministic_cpu() -> None:
     """On CPU, ask torch for deterministic algorithms, so that a rerun with the same threads is bit-equal."""
     if not cuda_is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        # filling memory before it is written costs time, and nothing here reads what it has not written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -56,6 +56,11 @@ class TrainingModule(pl.LightningModule):
         batch: Batch = item[0] if isinstance(item, tuple) else item
         return batch
 
+    @property
+    def meters(self) -> tuple[str, ...]:
+        """Which of METERS the step measures; the others are zero and not written down."""
+        return ("loss", "ce", "tokens")
+
     def before_step(self, batches: list[Batch]) -> None:
         """Called on every rank with the step's micro-batches before its schedule starts, where `needs_batches`."""
 
@@ -105,6 +110,7 @@ def reduced_step_means(module: TrainingModule) -> dict[str, float]:
     """
     sums = groups.sum_over_replicas_from_last_stage(module.step_sums.clone().to(device()))
     tokens = float(sums[-1])
-    means = {name: float(value) / max(tokens, 1.0) for name, value in zip(METERS, sums.tolist(), strict=True)}
+    values = dict(zip(METERS, sums.tolist(), strict=True))
+    means = {name: values[name] / max(tokens, 1.0) for name in module.meters}
     means["tokens"] = tokens
     return means

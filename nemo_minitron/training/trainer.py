@@ -21,7 +21,7 @@ from nemo_minitron.config import OptimConfig, TrainConfig
 from nemo_minitron.data.batch import TokenSamples
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.parallel import groups
-from nemo_minitron.parallel.cpu import cuda_is_available, use_in_process_checkpoint_queue
+from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.training.callbacks import HeldOut, Meters, ResumePoints, deterministic_cpu, newest_resume_point
 from nemo_minitron.training.module import TrainingModule
@@ -107,7 +107,7 @@ def fit(
         order.first_step = int(resume.name.removeprefix("step_"))
         if dist.get_rank() == 0:
             print(f"[{label}] going on from step {order.first_step}", flush=True)
-    use_in_process_checkpoint_queue()
+    write_checkpoints_in_process()
     deterministic_cpu()
     groups.seed_everything(seed)
     trainer.fit(module, train_dataloaders=DataLoader(order, batch_size=None), ckpt_path=resume)

@@ -17,9 +17,14 @@ faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 def read_commands(commands: "queue.Queue[dict[str, Any]]") -> None:
-    """Queue the commands; the end of stdin means that the tests are over, also if they were killed."""
-    for line in sys.stdin:
-        commands.put(json.loads(line))
+    """Queue the commands; the end of stdin means that the tests are over, also if they were killed.
+
+    Not read through `sys.stdin`: its lock would be held by this thread for good, and a forked child (Megatron
+    forks to write checkpoints) waits for that lock when it closes its `sys.stdin`.
+    """
+    with open(os.dup(sys.stdin.fileno())) as stdin:
+        for line in stdin:
+            commands.put(json.loads(line))
     os._exit(0)  # the main thread may be in a collective that nobody will ever join
 
 

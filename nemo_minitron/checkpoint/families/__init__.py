@@ -40,7 +40,10 @@ def read_arch(directory: Path) -> ArchSpec:
     if model_type not in FAMILIES:
         raise ArchError(f"unsupported model in {path}", expected=f"model_type {' or '.join(FAMILIES)}",
                         found=repr(model_type))
-    return FAMILIES[model_type].read_config(config)
+    try:
+        return FAMILIES[model_type].read_config(config)
+    except ArchError as error:
+        raise ArchError(f"{path}: {error}") from None
 
 
 def hf_config(arch: ArchSpec, base: dict[str, Any]) -> dict[str, Any]:

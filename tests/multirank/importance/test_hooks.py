@@ -1,0 +1,97 @@
+"""Scores under every layout equal plain formulas in fp64 on the activations of `transformers`' model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.support.tiny_llama import LAYOUTS, UNTIED, formed, open_samples, write_model, write_tokens
+
+TOLERANCE = 1e-5
+IDS = [0, 3, 4, 9, 10, 17, 18, 25, 31, 38, 39]  # 11: neither micro-batches of 2 nor replicas divide it
+LAYERS = UNTIED.num_layers
+
+
+def collect(rank, world_size, *, path, tokens, layout, micro_batch_size, out):
+    """A job: score the samples `IDS`; every rank writes what it got to `out`/rank."""
+    from nemo_minitron.importance.hooks import collect_scores
+    from nemo_minitron.model.build import load_model, transformer_config
+
+    with formed(layout) as degrees:
+        model = load_model(UNTIED, Path(path), transformer_config(UNTIED, degrees), unfused_norms=True)
+        scores = collect_scores(model, open_samples(tokens), np.array(IDS), layout=degrees,
+                                micro_batch_size=micro_batch_size, source_digest="weights")
+        hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    scores.save(Path(out) / str(rank))
+    return {"num_samples": scores.num_samples, "digest": scores.digest(), "hooks": hooks}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hooks")
+    return {"path": str(write_model(UNTIED, directory / "model")), "tokens": str(write_tokens(directory / "tokens"))}
+
+
+@pytest.fixture(scope="module")
+def activations(files):
+    """fp32 activations of all samples, as fp64: norms [2L, n, S, H], ffn [L, n, S, F], stream [L + 1, n, S, H]."""
+    model = transformers.LlamaForCausalLM.from_pretrained(files["path"], attn_implementation="eager")
+    taken = {"norms": [], "ffn": [], "stream": []}
+
+    def outputs(name):
+        return lambda module, args, output: taken[name].append(output[0] if isinstance(output, tuple) else output)
+
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(outputs("norms"))
+        layer.post_attention_layernorm.register_forward_hook(outputs("norms"))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: taken["ffn"].append(args[0]))
+        layer.register_forward_hook(outputs("stream"))
+    tokens = open_samples(files["tokens"]).batch(IDS).tokens
+    with torch.no_grad():
+        model(tokens)
+        taken["stream"].insert(0, model.model.embed_tokens(tokens))
+    return {name: torch.stack(values).double() for name, values in taken.items()}
+
+
+def reference(activations):
+    """Sums over samples by name, and for each name the size that rounding is to be compared with."""
+    sums, sizes = {}, {}
+    for axis, x_LnSU in (("hidden", activations["norms"]), ("ffn", activations["ffn"])):
+        mean_LnU = x_LnSU.sum(2) / x_LnSU.size(2)
+        var_LnU = ((x_LnSU - mean_LnU.unsqueeze(2)) ** 2).sum(2) / x_LnSU.size(2)
+        statistics = {
+            "mean": (x_LnSU.abs().sum(2) / x_LnSU.size(2), None),
+            "l2": ((x_LnSU**2).sum(2).sqrt(), None),
+            "var": (var_LnU, var_LnU + mean_LnU**2),
+        }
+        for name, (value, size) in statistics.items():
+            size = value if size is None else size
+            for moment, power in (("sum", 1), ("sum_of_squares", 2)):
+                sums[f"{axis}.{name}.{moment}"] = (value**power).sum(1).numpy()
+                sizes[f"{axis}.{name}.{moment}"] = (size**power).sum(1).numpy()
+    before, after = activations["stream"][:-1], activations["stream"][1:]
+    cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+    sums["layers.block_influence"] = 1 - cosine.mean(dim=(1, 2)).numpy()
+    sizes["layers.block_influence"] = np.ones(LAYERS)
+    return sums, sizes
+
+
+@pytest.mark.parametrize(("layout", "micro_batch_size"), [
+    ("1x1", 2), ("1x1", 16), ("tp2", 2), ("pp2", 2), ("tp2 sp", 2), ("dp2", 2), ("dp2", 4), ("tp2 pp2", 4),
+])
+def test_scores_equal_plain_formulas(rank_pool, files, activations, tmp_path, layout, micro_batch_size):
+    from nemo_minitron.importance.scores import Scores
+
+    facts = rank_pool(LAYOUTS[layout].world_size).run(f"{__name__}:collect", **files, layout=layout, out=str(tmp_path),
+                                                      micro_batch_size=micro_batch_size)
+    assert facts == [facts[0]] * LAYOUTS[layout].world_size
+    assert facts[0]["num_samples"] == len(IDS) and facts[0]["hooks"] == 0
+    scores = Scores.load(tmp_path / "0")
+    sums, sizes = reference(activations)
+    assert scores.tensors.keys() == sums.keys()
+    for name, expected in sums.items():
+        error = np.abs(scores.tensors[name] - expected) / sizes[name]
+        assert error.max() < TOLERANCE, (name, error.max())
+    assert np.all(sums["layers.block_influence"] > 0.01)  # the layers do something

@@ -1,0 +1,226 @@
+"""Training through NeMo's trainer gives the same losses and weights under every layout, and after an interruption."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import read_llama
+from tests.support.tiny_llama import LAYOUTS, SEQ_LENGTH, TIED, UNTIED, formed, open_samples, write_model, write_tokens
+
+STEPS, GLOBAL_BATCH = 6, 8
+RESUME_AT, INTERRUPT_AT = 3, 4
+TEACHER = dataclasses.replace(UNTIED, num_layers=2, hidden_size=48, ffn_hidden_size=80)
+TOLERANCE = 1e-5
+
+
+class Interrupted(Exception):
+    """What ends a run in the middle."""
+
+
+def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False):
+    """A job: train `files["student"]` once for each of `kinds`, in turn; the results go to `files["out"]`/kind.
+
+    With `save`, there is a resume point after step 3; with `interrupt`, the run ends in an exception after step 4.
+    """
+    from nemo_minitron.config import OptimConfig, TrainConfig
+    from nemo_minitron.evaluate.loss import heldout_loss
+    from nemo_minitron.training.trainer import export, fit
+
+    recipe = TrainConfig(global_batch_size=GLOBAL_BATCH, micro_batch_size=4, log_every_steps=100, eval_every_steps=2,
+                         checkpoint_every_steps=RESUME_AT if save else 100, chunk_tokens=24)
+    # A small eps would let Adam turn rounding errors of tiny gradients into steps of full size.
+    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, clip_grad=0.5, eps=1e-4)
+    samples = open_samples(files["tokens"])
+    out = Path(files["out"])
+    facts = {}
+    with formed(layout) as degrees:
+        for kind in kinds:
+            module, base = _module(kind, files, degrees)
+            looks = []
+
+            def measure(trained, looks=looks, degrees=degrees):
+                looks.append(heldout_loss(trained.student, samples, layout=degrees, micro_batch_size=4,
+                                          max_samples=6).loss)
+                if interrupt and len(looks) * 2 == INTERRUPT_AT:
+                    raise Interrupted
+                return looks[-1]
+
+            try:
+                trained = fit(
+                    module, samples, label=kind, directory=out / kind, tokens=STEPS * GLOBAL_BATCH * SEQ_LENGTH,
+                    layout=degrees, train=recipe, optim=optim, seed=5, num_nodes=1, distributed_optimizer=False,
+                    measure=measure,
+                )
+            except Interrupted:
+                continue
+            export(module, out / kind / "checkpoint", base=base, layout=degrees)
+            facts[kind] = {"tokens": trained.tokens, "steps": trained.steps, **_held_by_training(module)}
+    return facts
+
+
+def _module(kind, files, degrees):
+    from nemo_minitron.checkpoint.digest import read_checkpoint
+    from nemo_minitron.distill.module import DistillationModule
+    from nemo_minitron.distill.teacher import Teacher
+    from nemo_minitron.training.module import TrainingModule
+
+    student, teacher = read_checkpoint(Path(files["student"])), read_checkpoint(Path(files["teacher"]))
+    arguments = {"arch": student.arch, "checkpoint": student.path, "layout": degrees, "chunk_tokens": 12, "bf16": False}
+    if kind == "ce":
+        return TrainingModule(**arguments), student
+    return DistillationModule(teacher=Teacher(teacher.arch, teacher.path, degrees), kl_weight=0.7, ce_weight=0.3,
+                              **arguments), student
+
+
+def _held_by_training(module):
+    """Numbers of parameters: trained by the optimizer, in gradient buffers, in the Lightning module."""
+    strategy = module.trainer.strategy
+    (optimizer,) = strategy.optimizers
+    return {
+        "optimizer": sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]),
+        "buffers": sum(buffer.grad_data.numel() for chunk in strategy.megatron_parallel for buffer in chunk.buffers),
+        "module": sum(parameter.numel() for parameter in module.parameters()),
+    }
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("layouts")
+    return {
+        "directory": directory, "tokens": str(write_tokens(directory / "tokens")),
+        "teacher": str(write_model(TEACHER, directory / "teacher", seed=2)),
+        "tied": str(write_model(TIED, directory / "tied")), "untied": str(write_model(UNTIED, directory / "untied")),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(files, rank_pool):
+    """`trained(layout, name)`: folder and ranks' facts of CE, then distillation, of `tied` or `untied`; run once."""
+    done = {}
+
+    def get(layout, name="tied"):
+        if (layout, name) not in done:
+            out = files["directory"] / f"{layout} {name}"
+            done[layout, name] = run(files, rank_pool, layout, name, ["ce", "kd"], out)
+        return done[layout, name]
+
+    return get
+
+
+def run(files, rank_pool, layout, name, kinds, out, **options):
+    arguments = {"tokens": files["tokens"], "teacher": files["teacher"], "student": files[name], "out": str(out)}
+    facts = rank_pool(LAYOUTS[layout].world_size).run(f"{__name__}:train", files=arguments, layout=layout,
+                                                      kinds=kinds, **options)
+    return out, facts
+
+
+def lines(out, kind):
+    """Lines of steps (by step) and held-out losses (by step) of a training."""
+    records = [json.loads(line) for line in (out / kind / "metrics.jsonl").read_text().splitlines()]
+    steps = {record["step"]: record for record in records if "loss" in record}
+    assert len(steps) == sum("loss" in record for record in records)
+    return steps, {record["step"]: record["heldout_ce"] for record in records if "heldout_ce" in record}
+
+
+def assert_same_numbers(out, expected_out, kind, tolerance=TOLERANCE):
+    steps, looks = lines(out, kind)
+    expected_steps, expected_looks = lines(expected_out, kind)
+    assert list(steps) == list(expected_steps) == list(range(1, STEPS + 1))
+    assert looks == pytest.approx(expected_looks, abs=tolerance) and list(looks) == [2, 4, 6]
+    timings = {"seconds", "tokens_per_s"}
+    for step, expected in expected_steps.items():
+        numbers = {key: value for key, value in steps[step].items() if key not in timings}
+        expected_numbers = {key: value for key, value in expected.items() if key not in timings}
+        assert numbers == pytest.approx(expected_numbers, abs=tolerance), step
+
+
+def assert_same_weights(out, expected_out, kind, tolerance=TOLERANCE):
+    found, expected = (read_llama(folder / kind / "checkpoint") for folder in (out, expected_out))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= tolerance, name
+
+
+def test_the_reference_learns(files, trained):
+    """At 1x1: the comparisons below are about a training in which something happens."""
+    out, _ = trained("1x1")
+    before = read_llama(Path(files["tied"]))
+    for kind in ("ce", "kd"):
+        steps, looks = lines(out, kind)
+        assert looks[STEPS] < looks[2] - 0.01
+        assert steps[1]["lr"] != steps[2]["lr"] and all(step["grad_norm"] > 0.5 for step in steps.values())
+        after = read_llama(out / kind / "checkpoint")
+        assert all((after[name] - tensor).abs().max() > 1e-3 for name, tensor in before.items())
+    assert "kl" in lines(out, "kd")[0][1]
+
+
+@pytest.mark.parametrize("kind", ["ce", "kd"])
+@pytest.mark.parametrize(("layout", "name"), [
+    ("tp2", "tied"), ("pp2", "tied"), ("tp2 sp", "tied"), ("dp2", "tied"), ("tp2 pp2", "tied"), ("tp2 pp2", "untied"),
+])
+def test_every_layout_trains_alike(trained, layout, name, kind):
+    out, _ = trained(layout, name)
+    expected, _ = trained("1x1", name)
+    assert_same_numbers(out, expected, kind)
+    assert_same_weights(out, expected, kind)
+
+
+def test_trainings_in_one_worker_do_not_disturb_each_other(files, trained, rank_pool):
+    """Distillation alone, and after another training in the same job, gives the same bits."""
+    after, _ = trained("1x1")
+    alone, _ = run(files, rank_pool, "1x1", "tied", ["kd"], files["directory"] / "alone")
+    assert_same_numbers(alone, after, "kd", tolerance=0)
+    assert_same_weights(alone, after, "kd", tolerance=0)
+
+
+@pytest.fixture(scope="module")
+def interrupted(files, rank_pool):
+    """`interrupted(layout, out)`: a distillation that ended after step 4 of 6, with a resume point after step 3."""
+
+    def get(layout, out):
+        _, facts = run(files, rank_pool, layout, "tied", ["kd"], out, save=True, interrupt=True)
+        assert facts[0] == {} and not (out / "kd" / "checkpoint").exists()
+        assert list(lines(out, "kd")[0]) == list(range(1, INTERRUPT_AT + 1))
+        return out
+
+    return get
+
+
+@pytest.mark.parametrize("layout", ["1x1", "tp2"])
+def test_an_interrupted_training_goes_on_to_the_same_bits(files, trained, interrupted, rank_pool, tmp_path, layout):
+    out = interrupted(layout, tmp_path / "out")
+    _, facts = run(files, rank_pool, layout, "tied", ["kd"], out, save=True)
+    whole, whole_facts = trained(layout)
+    assert facts[0]["kd"]["tokens"] == whole_facts[0]["kd"]["tokens"] == STEPS * GLOBAL_BATCH * SEQ_LENGTH
+    assert_same_numbers(out, whole, "kd", tolerance=0)
+    assert_same_weights(out, whole, "kd", tolerance=0)
+
+
+def test_a_resume_point_can_be_read_under_another_layout(files, trained, interrupted, rank_pool, tmp_path):
+    """TP 2 pads the vocabulary of 101 to 102 rows, PP 2 does not."""
+    out = interrupted("tp2", tmp_path / "out")
+    run(files, rank_pool, "pp2", "tied", ["kd"], out, save=True)
+    whole, _ = trained("1x1")
+    assert_same_numbers(out, whole, "kd")
+    assert_same_weights(out, whole, "kd")
+
+
+def test_the_teacher_is_no_part_of_the_training(trained):
+    """Optimizer, gradient buffers and module hold the student's parameters and no more."""
+    _, (facts,) = trained("1x1")
+    for kind in ("ce", "kd"):
+        held = {name: facts[kind][name] for name in ("optimizer", "buffers", "module")}
+        assert held == dict.fromkeys(held, TIED.num_parameters()), kind
+
+
+def test_the_teacher_is_not_in_the_resume_point(interrupted, tmp_path):
+    """Three tensors for each of the student's parameters: itself and Adam's two moments."""
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    out = interrupted("1x1", tmp_path / "out")
+    (point,) = (out / "kd" / "resume").glob("step_*")
+    sizes = [math.prod(tensor.global_shape) for tensor in load_tensors_metadata(str(point)).values()]
+    assert sum(sizes) == 3 * TIED.num_parameters()

@@ -1,0 +1,141 @@
+import fcntl
+import json
+import os
+import types
+
+import pytest
+import yaml
+
+from nemo_minitron import pipeline
+from nemo_minitron.config import config_from_dict
+from nemo_minitron.errors import ArchError, CheckpointError, ConfigError, LayoutError, UserError
+from nemo_minitron.stages.context import Context
+from tests.support.checkpoints import UNTIED, write_llama
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("teacher")
+    write_llama(UNTIED, directory)
+    return directory
+
+
+@pytest.fixture
+def recipe(teacher, tmp_path):
+    """`recipe(parallel={"tp": 2})`: a recipe that fits the teacher, with nodes changed."""
+    def make(**changes):
+        base = {"output_dir": str(tmp_path), "teacher": {"path": str(teacher)}, "data": {"seq_length": 32},
+                "prune": {"target": {"ffn_hidden_size": 20}}, "train": {"global_batch_size": 8, "micro_batch_size": 2}}
+        return config_from_dict(base | {node: base.get(node, {}) | values for node, values in changes.items()})
+
+    return make
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"tp": 4, "pp": 4}, {"tp": 2, "pp": 2, "dp": 2}, {"dp": 4}])
+def test_a_recipe_that_fits(parallel, recipe):
+    pipeline.check_recipe(Context(config=recipe(parallel=parallel)))
+
+
+@pytest.mark.parametrize(("changes", "error", "key"), [
+    ({"parallel": {"tp": 3}}, LayoutError, "parallel.tp"),
+    ({"parallel": {"tp": 4}, "prune": {"target": {"ffn_hidden_size": 18}}}, LayoutError, "target.*parallel.tp"),
+    ({"parallel": {"pp": 2}, "prune": {"target": {"num_layers": 3}}}, LayoutError, "target.*parallel.pp"),
+    ({"parallel": {"dp": 3}}, ConfigError, "train.global_batch_size"),
+    ({"parallel": {"dp": 2, "num_nodes": 4}}, LayoutError, "parallel.num_nodes"),
+    ({"parallel": {"tp": 2, "sequence_parallel": True}, "data": {"seq_length": 33}}, LayoutError, "data.seq_length"),
+    ({"data": {"seq_length": 65}}, ConfigError, "data.seq_length"),
+    ({"prune": {"target": {}}}, ConfigError, "prune.target"),
+    ({"prune": {"target": {"hidden_size": 25}}}, ArchError, "prune.target.hidden_size"),
+    ({"teacher": {"path": None}}, ConfigError, "teacher.path"),
+    ({"teacher": {"path": "nowhere"}}, CheckpointError, "nowhere"),
+])
+def test_a_recipe_that_does_not_fit(changes, error, key, recipe):
+    with pytest.raises(error, match=key):
+        pipeline.check_recipe(Context(config=recipe(**changes)))
+
+
+def test_a_teacher_that_is_yet_to_be_made_is_not_looked_for(recipe):
+    config = recipe(teacher={"path": None})
+    config.stages = ["initialize", "correct", "score", "prune"]
+    pipeline.check_recipe(Context(config=config))
+
+
+def test_threads_are_fixed_and_shared(recipe, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setenv("SOMETHING", "kept")
+    found = [pipeline.worker_environment(recipe(), processes) for processes in (1, 4, 8, 24)]
+    assert [environment["OMP_NUM_THREADS"] for environment in found] == ["12", "3", "1", "1"]
+    assert all(environment["MKL_NUM_THREADS"] == environment["OMP_NUM_THREADS"] for environment in found)
+    assert found[0]["SOMETHING"] == "kept"
+    asked = pipeline.worker_environment(recipe(parallel={"num_threads": 5}), 4)
+    assert asked["OMP_NUM_THREADS"] == "5"
+
+
+def test_several_nodes_need_a_rendezvous(recipe, monkeypatch):
+    assert pipeline._rendezvous(recipe()) == ["--standalone"]
+    config = recipe(parallel={"num_nodes": 2, "dp": 2})
+    for name, value in {"NODE_RANK": "1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(LayoutError, match="no MASTER_ADDR"):
+        pipeline._rendezvous(config)
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    assert pipeline._rendezvous(config) == ["--nnodes", "2", "--node-rank", "1", "--master-addr", "first",
+                                            "--master-port", "29500"]
+
+
+def test_the_record_of_a_run(recipe):
+    config = recipe()
+    config.run_dir.mkdir(parents=True)
+    pipeline._record(config, ["experiment=demo"])
+    pipeline._record(config, ["experiment=demo", "controls=[ce]"])
+    assert config_from_dict(yaml.safe_load((config.run_dir / "config.yaml").read_text())) == config
+    commands = json.loads((config.run_dir / "commands.json").read_text())
+    assert [entry["command"] for entry in commands] == [["minitron", "experiment=demo"],
+                                                        ["minitron", "experiment=demo", "controls=[ce]"]]
+
+
+def test_a_second_run_of_the_name_is_kept_out(tmp_path, monkeypatch):
+    clock = [0.0]
+    fake = types.SimpleNamespace(monotonic=lambda: clock[0],
+                                 sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(pipeline, "time", fake)
+    with pipeline._lock(tmp_path), pytest.raises(UserError, match=r"in progress.*name"), pipeline._lock(tmp_path):
+        pass
+    assert 55 < clock[0] < 65, "it waits for the workers of a killed run"
+    with pipeline._lock(tmp_path):
+        pass
+
+
+def test_who_inherits_the_lock_holds_it(tmp_path):
+    with pipeline._lock(tmp_path) as lock:
+        inherited = os.dup(lock)
+    with open(tmp_path / ".lock") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(inherited)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def write_errors(directory, *records):
+    for rank, record in enumerate(records):
+        (directory / f"error_{rank}.json").write_text(json.dumps({"rank": rank, **record}))
+
+
+def test_a_mistake_found_on_one_rank_comes_before_what_it_caused_on_others(tmp_path):
+    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 1.0},
+                 {"kind": "user", "message": "too little text", "time": 2.0})
+    with pytest.raises(UserError, match=r"^too little text$"):
+        pipeline._raise_worker_error(tmp_path, [])
+
+
+def test_the_first_failure_is_shown(tmp_path):
+    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 2.0},
+                 {"kind": "failure", "traceback": "the cause", "time": 1.0})
+    with pytest.raises(pipeline.WorkerError, match="rank 1 failed:\nthe cause"):
+        pipeline._raise_worker_error(tmp_path, ["noise"])
+
+
+def test_a_worker_that_says_nothing(tmp_path):
+    with pytest.raises(pipeline.WorkerError, match="Killed"):
+        pipeline._raise_worker_error(tmp_path, ["Killed\n"])
