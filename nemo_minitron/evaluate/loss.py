@@ -31,16 +31,17 @@ class HeldOutLoss:
 
 def heldout_loss(model: HiddenStateGPT, samples: TokenSamples, *, layout: Layout, micro_batch_size: int,
                  max_samples: int | None = None, chunk_tokens: int = 256) -> HeldOutLoss:
-    """Cross-entropy of `model` on `samples` (all of them, or the first `max_samples`).
+    """Cross-entropy of `model` on `samples` (all of them, or `max_samples` spread evenly over them).
 
     Replicas take turns at micro-batches; each gets the same number, the last ones filled up with masked
     samples. Every rank must call this, and every rank gets the result.
     """
     total = samples.spec.num_evaluation_samples
     count = total if max_samples is None else min(total, max_samples)
+    ids = np.linspace(0, total - 1, count).astype(np.int64)
     size = min(micro_batch_size, -(-count // layout.dp))
     rounds = -(-count // (size * layout.dp))
-    mine = [np.arange(first, min(first + size, count))
+    mine = [ids[first : first + size]
             for first in ((turn * layout.dp + groups.dp_rank()) * size for turn in range(rounds))]
 
     def sums_of(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -27,12 +27,12 @@ def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest 
     manifest = manifests[stage]
     assert manifest is not None
     arch = read_arch(directory)
-    teacher = config.teacher.path or "random weights (stage `initialize`)"
+    teacher = f"`{config.teacher.path}`" if config.teacher.path else "random weights (stage initialize)"
     lines = [
         "---", "library_name: transformers", "tags: [nemo_minitron]", "---", "",
         f"# {config.name}: {stage}", "", f"A {arch.family} model, {_MADE[stage]}, by nemo_minitron.", "",
         "| | |", "|---|---|",
-        f"| derived from | `{teacher}` |",
+        f"| derived from | {teacher} |",
         f"| licence of that | {config.teacher.licence} |",
         f"| parameters | {arch.num_parameters():,} ({arch.num_non_embedding_parameters():,} non-embedding) |",
         f"| layers, hidden, FFN | {arch.num_layers}, {arch.hidden_size}, {arch.ffn_hidden_size} |",
