@@ -45,8 +45,8 @@ from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.data.batch import TokenSamples
 from nemo_minitron.data.prepare import prepare
 from nemo_minitron.data.samples import positions_for, sample_order
+from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.errors import UserError
-from nemo_minitron.stages.data import resolve_kind
 
 CONTROLS = {"ce": "CE control", "scratch": "scratch control"}
 

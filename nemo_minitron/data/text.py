@@ -34,7 +34,7 @@ def read_documents(path: Path, *, separator: str | None = None) -> list[Document
     """
     if not path.exists():
         raise DataError("no text", expected=f"a file or folder at {path}", found="nothing", key="data.path")
-    files = {path.name: path} if path.is_file() else _text_files(path)
+    files = {path.name: path} if path.is_file() else text_files(path)
     if not files:
         raise DataError("no text", expected=f"{', '.join('*' + suffix for suffix in SUFFIXES)} files below {path}",
                         found="none", key="data.path")
@@ -95,7 +95,7 @@ def _check_fraction(value: float, key: str, *, allow_one: bool) -> None:
                           found=str(value), key=key)
 
 
-def _text_files(folder: Path) -> dict[str, Path]:
+def text_files(folder: Path) -> dict[str, Path]:
     """Relative posix path -> file, sorted by the former."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     visible = (name for name in names if not any(part.startswith(".") for part in name.parts))

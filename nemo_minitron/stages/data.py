@@ -9,18 +9,9 @@ import torch.distributed as dist
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.data.batch import TokenSamples
 from nemo_minitron.data.prepare import PreparedData, prepare
+from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.data.tokenizer import check_tokenizer, load_tokenizer
 from nemo_minitron.stages.context import Context
-
-
-def resolve_kind(kind: str, path: str | None) -> str:
-    """What `auto` means: the corpus without a path, token files where `path` names them, else text."""
-    if kind != "auto":
-        return kind
-    if path is None:
-        return "corpus"
-    folder = Path(path)
-    return "indexed" if Path(f"{path}.idx").exists() or (folder / "train.idx").exists() else "text"
 
 
 def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -> PreparedData:

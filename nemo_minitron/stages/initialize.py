@@ -8,11 +8,11 @@ from typing import Any
 from nemo_minitron.arch import ArchSpec, Rope
 from nemo_minitron.checkpoint.digest import read_checkpoint, write_random
 from nemo_minitron.data.corpus import corpus_files, verify
+from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.data.text import read_documents, split_documents
 from nemo_minitron.data.tokenizer import train_bpe
 from nemo_minitron.errors import DataError
 from nemo_minitron.stages.context import Context
-from nemo_minitron.stages.data import resolve_kind
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from nemo_minitron.artifacts import digest_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
+from nemo_minitron.data.source import source_digest
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 
@@ -82,6 +83,8 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     part = context.config_part(*STAGES[stage].config)
     if "train" in part:
         part["train"] = {key: value for key, value in part["train"].items() if key not in _WITHOUT_EFFECT}
+    if "data" in part:
+        part["data"]["digest"] = source_digest(part["data"]["kind"], part["data"]["path"])
     if stage == "score":
         part["importance"] = {"num_samples": part["importance"]["num_samples"]}
     if stage == "prune":
