@@ -81,8 +81,6 @@ class ParallelConfig:
     """Shard optimizer states over data parallelism (needs Transformer Engine or Apex to resume)."""
     num_threads: int | None = None
     """CPU threads a process; null: all cores shared evenly."""
-    num_nodes: int = 1
-    """Machines; the processes of a run are spread over them evenly."""
     timeout_s: int = 600
     """Longest time a collective may wait, seconds."""
 
@@ -144,7 +142,7 @@ class TrainConfig:
     micro_batch_size: int = 8
     """Samples a forward-backward pass of one replica."""
     precision: str = "32"
-    """32, or bf16-mixed (bf16 with fp32 master weights)."""
+    """Of the training stages: 32, or bf16-mixed (bf16 with fp32 master weights). The others run in fp32."""
     log_every_steps: int = 10
     """Steps between two lines of progress."""
     eval_every_steps: int = 100
@@ -301,10 +299,11 @@ def _check(config: Config) -> None:
         if value not in choice:
             raise ConfigError("bad value", expected=", ".join(choice), found=repr(value), key=key)
     positive = {
-        "parallel": ("tp", "pp", "dp", "num_nodes", "timeout_s"),
+        "parallel": ("tp", "pp", "dp", "timeout_s"),
         "data": ("seq_length",),
         "importance": ("num_samples", "micro_batch_size"),
-        "train": ("global_batch_size", "micro_batch_size", "log_every_steps", "checkpoint_every_steps", "chunk_tokens"),
+        "train": ("global_batch_size", "micro_batch_size", "log_every_steps", "checkpoint_every_steps",
+                  "eval_samples", "chunk_tokens"),
         "evaluate": ("micro_batch_size",),
         "correct": ("tokens",),
         "distill": ("tokens",),
@@ -316,7 +315,7 @@ def _check(config: Config) -> None:
                 raise ConfigError("bad value", expected="a positive number", found=str(value), key=f"{node}.{name}")
     not_negative = {
         "optim": tuple(field.name for field in dataclasses.fields(OptimConfig)),
-        "train": ("eval_every_steps", "eval_samples"),
+        "train": ("eval_every_steps",),
         "distill": ("kl_weight", "ce_weight"),
     }
     for node, names in not_negative.items():

@@ -17,11 +17,13 @@ from pathlib import Path
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.config import Config
-from nemo_minitron.errors import ConfigError, LayoutError, UserError
+from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
+from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.prune import check_target
 from nemo_minitron.stages.registry import STAGES, check_inputs, due_stages, wanted_stages
+from nemo_minitron.training.budget import check_warmup, num_steps
 
 
 class WorkerError(Exception):
@@ -35,7 +37,7 @@ def run(config: Config, arguments: list[str]) -> None:
         UserError: also when found on a rank.
         WorkerError: anything else that ended a worker.
     """
-    context = Context(config=config)
+    context = Context(config=config, command=" ".join(["minitron", *arguments]))
     check_recipe(context)
     with _lock(config.run_dir) as lock:
         _record(config, arguments)
@@ -47,7 +49,7 @@ def run(config: Config, arguments: list[str]) -> None:
         if any(STAGES[stage].ranks for stage in due):
             _run_workers(context, due, lock)
         else:
-            execute(context, due, barrier=lambda: None)
+            execute(context, due)
 
 
 def check_recipe(context: Context) -> None:
@@ -57,22 +59,22 @@ def check_recipe(context: Context) -> None:
         UserError: a missing or unusable teacher, a target or a layout that does not fit, too few processes.
     """
     config, layout = context.config, context.layout
-    if layout.world_size % config.parallel.num_nodes:
-        raise LayoutError("the processes cannot be spread evenly", key="parallel.num_nodes",
-                          expected=f"{layout.world_size} processes to be a multiple of num_nodes",
-                          found=str(config.parallel.num_nodes))
     if config.train.global_batch_size % (config.train.micro_batch_size * layout.dp):
         raise ConfigError("batch sizes do not divide", key="train.global_batch_size",
                           expected="global_batch_size to be a multiple of micro_batch_size * dp",
                           found=f"{config.train.global_batch_size} and {config.train.micro_batch_size} * {layout.dp}")
-    path = context.teacher_path()
-    if path.is_relative_to(context.round_dir):
-        return
-    teacher = read_checkpoint(path)
-    context.check_seq_length(teacher.arch)
-    layout.check(teacher.arch, name="teacher", seq_length=config.data.seq_length)
+    for stage, tokens in (("correct", config.correct.tokens), ("distill", config.distill.tokens)):
+        if stage in wanted_stages(context):
+            check_warmup(config.optim.warmup_steps, num_steps(tokens, global_batch_size=config.train.global_batch_size,
+                                                              seq_length=config.data.seq_length))
+    if "initialize" in config.stages:
+        arch = initial_arch(config.model)
+    else:
+        arch = read_checkpoint(context.start_path()).arch
+    context.check_seq_length(arch)
+    layout.check(arch, name="teacher", seq_length=config.data.seq_length)
     if "prune" in wanted_stages(context):
-        layout.check(check_target(teacher.arch, config.prune.target), name="target", seq_length=config.data.seq_length)
+        layout.check(check_target(arch, config.prune.target), name="target", seq_length=config.data.seq_length)
 
 
 def _record(config: Config, arguments: list[str]) -> None:
@@ -121,27 +123,15 @@ def _run_workers(context: Context, stages: list[str], lock: int) -> None:
     job_dir.mkdir(exist_ok=True)
     for old in job_dir.glob("error_*.json"):
         old.unlink()
-    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages})
-    processes = context.layout.world_size // config.parallel.num_nodes
-    command = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(config), "--nproc-per-node", str(processes),
+    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages, "command": context.command})
+    processes = context.layout.world_size
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                "-m", "nemo_minitron.worker", str(job_dir)]
     worker = subprocess.Popen(command, env=worker_environment(config, processes), pass_fds=(lock,),
                               preexec_fn=_end_with_parent, stderr=subprocess.PIPE)
     errors = _watch(worker)
     if worker.returncode != 0:
         _raise_worker_error(job_dir, errors)
-
-
-def _rendezvous(config: Config) -> list[str]:
-    """torchrun's options: a free port of this machine, or what the launcher set for several machines."""
-    if config.parallel.num_nodes == 1:
-        return ["--standalone"]
-    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise LayoutError("several nodes need a rendezvous", expected="NODE_RANK, MASTER_ADDR and MASTER_PORT set",
-                          found=f"no {', '.join(missing)}", key="parallel.num_nodes")
-    return ["--nnodes", str(config.parallel.num_nodes), "--node-rank", os.environ["NODE_RANK"],
-            "--master-addr", os.environ["MASTER_ADDR"], "--master-port", os.environ["MASTER_PORT"]]
 
 
 def worker_environment(config: Config, processes: int) -> dict[str, str]:

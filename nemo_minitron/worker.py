@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import faulthandler
 import logging
 import os
@@ -16,7 +17,6 @@ from typing import Any
 
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.errors import UserError
-from nemo_minitron.parallel.cpu import open_cpu_door
 
 
 def main() -> int:
@@ -26,6 +26,8 @@ def main() -> int:
     # torchrun puts each rank into a session of its own; one that outlived a killed torchrun would write into the next
     # run of the same name
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    if os.getppid() == 1:  # it had died before
+        return 1
     faulthandler.register(signal.SIGUSR1)
     try:
         _run(read_json(job_dir / "job.json"), rank)
@@ -41,8 +43,11 @@ def main() -> int:
 
 
 def _run(job: dict[str, Any], rank: int) -> None:
+    from nemo_minitron.parallel.cpu import open_cpu_door
+
     open_cpu_door()
     _quieten()
+    import torch
     import torch.distributed as dist
 
     from nemo_minitron.config import config_from_dict
@@ -50,10 +55,20 @@ def _run(job: dict[str, Any], rank: int) -> None:
     from nemo_minitron.stages.context import Context
     from nemo_minitron.stages.execute import execute
 
-    context = Context(config=config_from_dict(job["config"]), rank=rank)
-    groups.start(context.layout, timeout_s=context.config.parallel.timeout_s)
-    groups.seed_everything(context.config.seed)
-    execute(context, job["stages"], barrier=dist.barrier)
+    config = config_from_dict(job["config"])
+    layout = Context(config=config).layout
+    groups.start(layout, timeout_s=config.parallel.timeout_s)
+    groups.seed_everything(config.seed)
+    # rank 0 may tokenize or hash for long while the others wait: not within the bounds of a model's collectives
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=24))
+
+    def share(value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=patient, device=torch.device("cpu"))
+        return box[0]
+
+    execute(Context(config=config, rank=rank, share=share, command=job["command"],
+                    barrier=lambda: dist.barrier(group=patient)), job["stages"])
     groups.stop()
 
 

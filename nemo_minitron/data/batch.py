@@ -16,7 +16,7 @@ from nemo_minitron.errors import DataError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples on the CPU, whole sequences: not sharded over tensor, context or pipeline ranks.
+    """Samples as whole sequences: not sharded over tensor, context or pipeline ranks.
 
     `labels[b, s]` is the token that follows `tokens[b, s]`; `loss_mask` is 1 where it counts and 0 on padding.
     """

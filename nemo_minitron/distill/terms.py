@@ -76,7 +76,8 @@ def loss_terms(
     """
     head = student.head()
     fused = fused_linear_loss(
-        tokens_first(student_hidden, sequence_parallel=student.config.sequence_parallel),
+        # Megatron's mixed-precision wrapper hands out float32; the GEMMs are to run in the head's own type
+        tokens_first(student_hidden.to(head.dtype), sequence_parallel=student.config.sequence_parallel),
         head,
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,

@@ -9,6 +9,7 @@ import torch
 
 from nemo_minitron.data.batch import Batch, TokenSamples
 from nemo_minitron.distill.terms import METERS, loss_terms
+from nemo_minitron.errors import DataError
 from nemo_minitron.model.build import HiddenStateGPT
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import device
@@ -37,6 +38,9 @@ def heldout_loss(model: HiddenStateGPT, samples: TokenSamples, *, layout: Layout
     samples. Every rank must call this, and every rank gets the result.
     """
     total = samples.spec.num_evaluation_samples
+    if not total:
+        raise DataError("no held-out text", expected="at least two tokens", found=str(samples.spec.num_tokens),
+                        key="data.num_heldout")
     count = total if max_samples is None else min(total, max_samples)
     ids = np.linspace(0, total - 1, count).astype(np.int64)
     size = min(micro_batch_size, -(-count // layout.dp))

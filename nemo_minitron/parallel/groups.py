@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from nemo_minitron.parallel.cpu import cuda_is_available
+from nemo_minitron.errors import LayoutError
+from nemo_minitron.parallel.cpu import cuda_is_available, device
 from nemo_minitron.parallel.layout import Layout
 
 
@@ -28,9 +29,14 @@ def start(layout: Layout, *, timeout_s: int) -> None:
     layout.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     timeout = datetime.timedelta(seconds=timeout_s)
     if cuda_is_available():
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if torch.cuda.device_count() < local_world_size:
+            raise LayoutError("too few GPUs", expected=f"{local_world_size} for tp*pp*dp processes",
+                              found=str(torch.cuda.device_count()), key="parallel.tp")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda_is_available() else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if cuda_is_available() else "gloo", timeout=timeout,
+                                device_id=device() if cuda_is_available() else None)
     form(layout, timeout_s=timeout_s)
 
 

@@ -21,7 +21,7 @@ _MADE = {
 
 
 def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest | None],
-               evaluated: Mapping[str, Mapping[str, Any]], config: Config, command: str) -> None:
+               evaluated: Mapping[str, Mapping[str, Any]], config: Config) -> None:
     """Write `README.md` into the checkpoint `directory` made by `stage`; losses are nats/token on held-out text."""
     record = evaluated[{"correct": "teacher", "prune": "pruned", "distill": "distilled"}.get(stage, stage)]
     manifest = manifests[stage]
@@ -52,5 +52,5 @@ def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest 
     if stage != "correct":
         lines.append(f"| teacher's held-out loss | {evaluated['teacher']['loss']:.4f} nats/token |")
     lines += [f"| weights digest | sha256 {manifest.result['weights_digest']} |",
-              f"| command | `{command}` (resolved recipe: `config.yaml` of the run) |", ""]
+              f"| command | `{manifest.world['command']}` (resolved recipe: `config.yaml` of the run) |", ""]
     (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")

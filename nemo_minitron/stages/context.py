@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,18 @@ ROUND = "round1"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """Paths and checkpoints of a run. `rank` is the global rank, 0 outside of a worker."""
+    """Paths and checkpoints of a run, and how its ranks keep together.
+
+    `rank` is the global rank, 0 outside of a worker. `share` gives every rank what rank 0 passes to it, and
+    `barrier` waits for all ranks, as long as rank 0 may work alone; both do nothing where one process runs.
+    `command` is what the user typed.
+    """
 
     config: Config
     rank: int = 0
+    share: Callable[[Any], Any] = lambda value: value
+    barrier: Callable[[], None] = lambda: None
+    command: str = ""
 
     @property
     def round_dir(self) -> Path:
@@ -68,13 +77,18 @@ class Context:
             raise ConfigError("no teacher", expected="a Hugging Face directory", found="null", key="teacher.path")
         return Path(self.config.teacher.path)
 
+    def read(self, path: Path) -> Checkpoint:
+        """The checkpoint in `path`; rank 0 reads all of its bytes for the digests, and every rank gets the result."""
+        found: Checkpoint = self.share(read_checkpoint(path) if self.rank == 0 else None)
+        return found
+
     def teacher(self) -> Checkpoint:
-        """The model that is scored, pruned and distilled."""
-        return read_checkpoint(self.teacher_path())
+        """The model that is scored, pruned and distilled; every rank of the stage must call this."""
+        return self.read(self.teacher_path())
 
     def student(self) -> Checkpoint:
-        """The pruned model."""
-        return read_checkpoint(self.stage_dir("prune") / "checkpoint")
+        """The pruned model; every rank of the stage must call this."""
+        return self.read(self.stage_dir("prune") / "checkpoint")
 
     def check_seq_length(self, arch: ArchSpec) -> None:
         """Raise `ConfigError` for samples longer than the model's context."""

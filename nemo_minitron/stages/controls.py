@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
-from nemo_minitron.checkpoint.digest import read_checkpoint, write_random
+from nemo_minitron.checkpoint.digest import write_random
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.train import student_arguments, train_stage
 from nemo_minitron.training.module import TrainingModule
@@ -25,7 +23,7 @@ def run_scratch(context: Context) -> dict[str, Any]:
     initial = context.stage_dir("scratch") / "initial"
     if context.rank == 0 and not initial.exists():
         write_random(student.arch, initial, tokenizer_directory=student.path, seed=context.config.seed)
-    dist.barrier()
-    start = read_checkpoint(initial)
+    context.barrier()
+    start = context.read(initial)
     module = TrainingModule(**student_arguments(context, start))
     return train_stage(context, "scratch", module, start=start, tokens=context.config.distill.tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.train import student_arguments, train_stage
 from nemo_minitron.training.module import TrainingModule
@@ -12,6 +11,6 @@ from nemo_minitron.training.module import TrainingModule
 
 def run(context: Context) -> dict[str, Any]:
     """Train on `correct.tokens` tokens; every rank takes part."""
-    start = read_checkpoint(context.start_path())
+    start = context.read(context.start_path())
     module = TrainingModule(**student_arguments(context, start))
     return train_stage(context, "correct", module, start=start, tokens=context.config.correct.tokens)

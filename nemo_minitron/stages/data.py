@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.data.batch import TokenSamples
 from nemo_minitron.data.prepare import PreparedData, prepare
@@ -35,8 +33,7 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
         )
 
     made = find_or_make() if context.rank == 0 else None
-    if dist.is_initialized():
-        dist.barrier()
+    context.barrier()
     return made or find_or_make()
 
 

@@ -5,15 +5,11 @@ One JSON file a model; what has been measured before, on the same weights and to
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from nemo_minitron.artifacts import Checkpoint, read_json, write_json
-from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.evaluate.loss import heldout_loss
 from nemo_minitron.model.build import load_model, transformer_config
@@ -34,7 +30,7 @@ def models_there(context: Context) -> dict[str, Path]:
 
 def run(context: Context) -> dict[str, Any]:
     """Measure what has not been measured; every rank takes part."""
-    losses = {name: _measure(context, name, read_checkpoint(path)) for name, path in models_there(context).items()}
+    losses = {name: _measure(context, name, context.read(path)) for name, path in models_there(context).items()}
     for name, record in losses.items():
         bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits/byte"
         context.say(f"[evaluate] {name:<10} {record['loss']:.4f} nats/token{bits}")
@@ -50,13 +46,12 @@ def _measure(context: Context, name: str, checkpoint: Checkpoint) -> dict[str, A
     path = context.stage_dir("evaluate") / f"{name}.json"
     known = read_json(path) if path.exists() else {}
     # one rank's look at the files decides for all: another may look after rank 0 has written
-    decision = [known if known.items() >= key.items() else None]
-    dist.broadcast_object_list(decision, src=0)
-    record = decision[0] or key | _loss(context, checkpoint, prepared)
-    dist.barrier()
+    found: dict[str, Any] | None = context.share(known if known.items() >= key.items() else None)
+    record = found or key | _loss(context, checkpoint, prepared)
+    context.barrier()
     if context.rank == 0:
         write_json(path, record)
-    return json.loads(json.dumps(record))
+    return record
 
 
 def _loss(context: Context, checkpoint: Checkpoint, prepared: PreparedData) -> dict[str, Any]:

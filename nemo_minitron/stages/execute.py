@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest, read_json, write_json
@@ -17,21 +17,23 @@ from nemo_minitron.stages.registry import STAGES, fingerprint, input_digests, st
 _PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "torch", "lightning", "transformers", "numpy", "sympy")
 
 
-def execute(context: Context, stages: list[str], *, barrier: Callable[[], None]) -> None:
+def execute(context: Context, stages: list[str]) -> None:
     """Run `stages`, which are due, in order; every rank of a worker calls this with the same list."""
     for name in stages:
         started = time.time()
         if context.rank == 0:
             print(f"== {name}", flush=True)
             _enter(context, name)
-        barrier()
+        context.barrier()
         result: dict[str, Any] = {}
-        if STAGES[name].ranks or context.rank == 0:
+        if STAGES[name].ranks:
             result = STAGES[name].load()(context)
-        barrier()
+        elif context.rank == 0:
+            result = STAGES[name].load()(Context(config=context.config, command=context.command))
+        context.barrier()
         if context.rank == 0:
             _finish(context, name, result, started)
-        barrier()
+        context.barrier()
 
 
 def _enter(context: Context, name: str) -> None:
@@ -40,10 +42,17 @@ def _enter(context: Context, name: str) -> None:
     assert inputs is not None, f"{name} runs before its inputs"
     directory = context.stage_dir(name)
     marker = directory / "started.json"
-    mark = {"fingerprint": fingerprint(context, name, inputs)}
-    if directory.exists() and not STAGES[name].keeps_files and not (marker.exists() and read_json(marker) == mark):
-        shutil.rmtree(directory)
+    mark = {"fingerprint": fingerprint(context, name, inputs), "threads": _threads()}
+    before = read_json(marker) if marker.exists() else {}
+    goes_on = before.get("fingerprint") == mark["fingerprint"]
+    # what says that files are whole goes before the files, or a kill in between would leave it behind alone
     (directory / "manifest.json").unlink(missing_ok=True)
+    if directory.exists() and not goes_on and not STAGES[name].keeps_files:
+        marker.unlink(missing_ok=True)
+        shutil.rmtree(directory)
+    if goes_on and before.get("threads") != mark["threads"] and (directory / "resume").exists():
+        context.say(f"[{name}] {mark['threads']} threads instead of {before.get('threads')}: the result will be equal "
+                    f"to rounding, not to the bit (parallel.num_threads)")
     write_json(marker, mark)
 
 
@@ -56,9 +65,21 @@ def _finish(context: Context, name: str, result: dict[str, Any], started: float)
         versions=versions(), result=result, times={"started": started, "seconds": round(time.time() - started, 3)},
         world={"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp, "sequence_parallel": parallel.sequence_parallel,
                "world_size": int(os.environ.get("WORLD_SIZE", "1")) if STAGES[name].ranks else 1,
-               "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count(),
+               "threads": _threads(), "command": context.command,
                "mkl_cbwr": os.environ.get("MKL_CBWR", ""), "machine": platform.machine()},
     ).write(context.stage_dir(name))
+    _forget_resume_points(context.stage_dir(name) / "resume")
+
+
+def _forget_resume_points(directory: Path) -> None:
+    """Remove what a finished stage does not need any more; first the file that says it is complete."""
+    (directory / "complete.json").unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _threads() -> int:
+    """CPU threads of each rank, on which the order of sums depends."""
+    return int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

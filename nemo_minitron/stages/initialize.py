@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron.arch import ArchSpec, Rope
 from nemo_minitron.checkpoint.digest import read_checkpoint, write_random
+from nemo_minitron.config import ModelConfig
 from nemo_minitron.data.corpus import corpus_files, verify
 from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.data.text import read_documents, split_documents
@@ -19,18 +20,22 @@ def run(context: Context) -> dict[str, Any]:
     """Write `checkpoint/`; runs on rank 0 alone."""
     config = context.config
     directory = context.stage_dir("initialize")
-    model = config.model
-    arch = ArchSpec(
+    arch = initial_arch(config.model)
+    pieces = train_bpe(_train_texts(context), directory / "tokenizer", vocab_size=arch.vocab_size)
+    write_random(arch, directory / "checkpoint", tokenizer_directory=directory / "tokenizer", seed=config.seed)
+    checkpoint = read_checkpoint(directory / "checkpoint")
+    return {"weights_digest": checkpoint.weights_digest, "tokenizer_pieces": pieces, "arch": arch.to_dict()}
+
+
+def initial_arch(model: ModelConfig) -> ArchSpec:
+    """The Llama that the recipe's `model` describes; `ArchError` where its numbers contradict each other."""
+    return ArchSpec(
         family="llama", num_layers=model.num_layers, hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size, num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups, head_dim=model.head_dim, vocab_size=model.vocab_size,
         max_position_embeddings=model.max_position_embeddings, rope=Rope(theta=model.rope_theta),
         norm_eps=model.norm_eps, tied_embeddings=model.tied_embeddings,
     ).check()
-    pieces = train_bpe(_train_texts(context), directory / "tokenizer", vocab_size=model.vocab_size)
-    write_random(arch, directory / "checkpoint", tokenizer_directory=directory / "tokenizer", seed=config.seed)
-    checkpoint = read_checkpoint(directory / "checkpoint")
-    return {"weights_digest": checkpoint.weights_digest, "tokenizer_pieces": pieces, "arch": arch.to_dict()}
 
 
 def _train_texts(context: Context) -> list[str]:

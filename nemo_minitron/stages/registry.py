@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from nemo_minitron.artifacts import digest_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
-from nemo_minitron.data.source import source_digest
+from nemo_minitron.data.source import resolve_kind, source_digest
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 
@@ -35,6 +35,7 @@ class Stage:
 
     `inputs` are stages (or TEACHER) whose results it reads; optional ones count where they are current. `config` are
     the nodes of the recipe its result depends on. `ranks` says whether every rank runs it, or rank 0 alone.
+    `keeps_files` spares its directory when the inputs change. `products` are files of the run that it makes.
     """
 
     function: str
@@ -43,6 +44,7 @@ class Stage:
     config: tuple[str, ...] = ()
     ranks: bool = True
     keeps_files: bool = False
+    products: tuple[str, ...] = ()
 
     def load(self) -> StageFunction:
         """Import the function."""
@@ -64,6 +66,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data",), keeps_files=True,
                       optional_inputs=("prune", "distill", "ce", "scratch")),
     "report": Stage(function="report:run", inputs=("evaluate",), ranks=False, keeps_files=True,
+                    products=("summary.json", "report.html"),
                     optional_inputs=("score", "prune", "distill", "ce", "scratch", "correct")),
 }
 """In the order in which they run."""
@@ -84,7 +87,8 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     if "train" in part:
         part["train"] = {key: value for key, value in part["train"].items() if key not in _WITHOUT_EFFECT}
     if "data" in part:
-        part["data"]["digest"] = source_digest(part["data"]["kind"], part["data"]["path"])
+        kind, path = part["data"]["kind"], part["data"].pop("path")
+        part["data"] |= {"kind": resolve_kind(kind, path), "digest": source_digest(kind, path)}
     if stage == "score":
         part["importance"] = {"num_samples": part["importance"]["num_samples"]}
     if stage == "prune":
@@ -121,6 +125,8 @@ def is_done(context: Context, stage: str) -> bool:
     """Whether the stage's manifest is there and belongs to today's inputs and configuration."""
     manifest = context.manifest(stage)
     inputs = input_digests(context, stage)
+    if not all((context.config.run_dir / name).exists() for name in STAGES[stage].products):
+        return False
     return manifest is not None and inputs is not None and manifest.fingerprint == fingerprint(context, stage, inputs)
 
 
@@ -143,13 +149,13 @@ def due_stages(context: Context) -> list[str]:
 
 
 def check_inputs(context: Context, due: list[str]) -> None:
-    """Raise `ConfigError` where a stage reads the result of one that is not done and is not to be run before it."""
-    for stage in due:
+    """Raise `ConfigError` where a wanted stage reads what is not there, or is there for another recipe, and not due."""
+    for stage in wanted_stages(context):
         missing = [name for name in STAGES[stage].inputs
-                   if name in STAGES and name not in due and context.manifest(name) is None]
+                   if name in STAGES and name not in due and not is_current(context, name)]
         if missing:
-            raise ConfigError(f"stage {stage} lacks its input", expected=f"{', '.join(missing)} among the stages",
-                              found=", ".join(due), key="stages")
+            raise ConfigError(f"stage {stage} lacks its input for this recipe", key="stages",
+                              expected=f"{', '.join(missing)} among the stages", found=", ".join(context.config.stages))
 
 
 def _model_digest(context: Context, name: str) -> str | None:
@@ -158,11 +164,16 @@ def _model_digest(context: Context, name: str) -> str | None:
     if made_here:
         manifest = context.manifest(path.parent.name)
         return None if manifest is None else str(manifest.result["weights_digest"])
-    files = sorted(path.glob("*.safetensors*"))
-    return _weights_digest(path, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    stamps = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                   for file in sorted(path.iterdir() if path.is_dir() else ()) if file.is_file())
+    return _outside_digest(path, stamps)
 
 
 @lru_cache(maxsize=4)
-def _weights_digest(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Digest of a model that no stage made; `stamps` of its files say whether it must be read again."""
-    return read_checkpoint(path).weights_digest
+def _outside_digest(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest of weights, tokenizer and shape of a model that no stage made.
+
+    `stamps` of its files say whether it must be read again.
+    """
+    checkpoint = read_checkpoint(path)
+    return digest_json([checkpoint.weights_digest, checkpoint.tokenizer_digest, checkpoint.arch.to_dict()])

@@ -21,12 +21,11 @@ def run(context: Context) -> dict[str, Any]:
     summary = summarize(name=context.config.name, round_name=ROUND, teacher_path=context.teacher_path(),
                         round_dir=context.round_dir, manifests=manifests, evaluated=evaluated)
     write_json(run_dir / "summary.json", summary)
-    command = " ".join(read_json(run_dir / "commands.json")[-1]["command"])
     for name in evaluated:
         stage = MODELS.get(name, "correct" if "correct" in context.config.stages else None)
         if stage is not None:
             write_card(context.stage_dir(stage) / "checkpoint", stage=stage, manifests=manifests, evaluated=evaluated,
-                       config=context.config, command=command)
+                       config=context.config)
     page = write_report(run_dir)
     context.say(f"[report] {page}")
     return {}

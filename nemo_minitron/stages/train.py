@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from nemo_minitron.artifacts import Checkpoint
-from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.evaluate.loss import heldout_loss
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import prepared_data, split_samples
 from nemo_minitron.training.module import TrainingModule
-from nemo_minitron.training.trainer import export, fit, forget_resume_points
+from nemo_minitron.training.trainer import export, fit
 
 
 def student_arguments(context: Context, student: Checkpoint) -> dict[str, Any]:
@@ -38,14 +35,12 @@ def train_stage(context: Context, stage: str, module: TrainingModule, *, start: 
 
     trained = fit(
         module, split_samples(context, prepared, "train", start.arch), label=stage, directory=directory, tokens=tokens,
-        layout=layout, train=config.train, optim=config.optim, seed=config.seed, num_nodes=config.parallel.num_nodes,
+        layout=layout, train=config.train, optim=config.optim, seed=config.seed,
         distributed_optimizer=config.parallel.distributed_optimizer, measure=measure,
     )
     export(module, directory / "checkpoint", base=start, layout=layout)
-    dist.barrier()
-    if context.rank == 0:
-        forget_resume_points(directory)
-    result = read_checkpoint(directory / "checkpoint")
+    context.barrier()
+    result = context.read(directory / "checkpoint")
     return {"weights_digest": result.weights_digest, "start_digest": start.weights_digest, "arch": start.arch.to_dict(),
             "data_digest": prepared.digest, "tokens": trained.tokens, "steps": trained.steps,
             "seconds": round(trained.seconds, 3), "tokens_per_s": round(trained.tokens_per_s, 1)}

@@ -167,7 +167,9 @@ def keep_lines_until(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    neighbour = path.with_name(f".{path.name}")
+    neighbour.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    neighbour.replace(path)
 
 
 def deterministic_cpu() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +17,10 @@ from nemo_minitron.artifacts import Checkpoint
 from nemo_minitron.checkpoint.save import save_checkpoint
 from nemo_minitron.config import OptimConfig, TrainConfig
 from nemo_minitron.data.batch import TokenSamples
-from nemo_minitron.errors import ConfigError
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
+from nemo_minitron.training.budget import check_warmup, num_steps
 from nemo_minitron.training.callbacks import HeldOut, Meters, ResumePoints, deterministic_cpu, newest_resume_point
 from nemo_minitron.training.module import TrainingModule
 from nemo_minitron.training.strategy import StepSampler, Strategy, TrainingOrder
@@ -42,11 +40,6 @@ class Trained:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def num_steps(tokens: int, *, global_batch_size: int, seq_length: int) -> int:
-    """Steps of `global_batch_size` samples for a budget of `tokens`, rounded up."""
-    return math.ceil(tokens / (global_batch_size * seq_length))
-
-
 def fit(
     module: TrainingModule,
     samples: TokenSamples,
@@ -58,7 +51,6 @@ def fit(
     train: TrainConfig,
     optim: OptimConfig,
     seed: int,
-    num_nodes: int,
     distributed_optimizer: bool,
     measure: Callable[[TrainingModule], float],
 ) -> Trained:
@@ -72,9 +64,7 @@ def fit(
     """
     seq_length = samples.spec.seq_length
     steps = num_steps(tokens, global_batch_size=train.global_batch_size, seq_length=seq_length)
-    if optim.warmup_steps >= steps:
-        raise ConfigError("the warm-up is longer than the training", expected=f"fewer than {steps} steps",
-                          found=str(optim.warmup_steps), key="optim.warmup_steps")
+    check_warmup(optim.warmup_steps, steps)
     order = TrainingOrder(samples, seed=seed, global_batch_size=train.global_batch_size,
                           micro_batch_size=train.micro_batch_size, layout=layout)
     bf16 = train.precision == "bf16-mixed"
@@ -86,8 +76,7 @@ def fit(
                           num_microbatches=train.global_batch_size // (train.micro_batch_size * layout.dp))
     trainer = nl.Trainer(
         accelerator="gpu" if cuda_is_available() else "cpu",
-        devices=layout.world_size // num_nodes,
-        num_nodes=num_nodes,
+        devices=layout.world_size,
         strategy=Strategy(layout, sampler=sampler, bf16=bf16, distributed_optimizer=distributed_optimizer),
         plugins=nl.MegatronMixedPrecision(precision=train.precision, grad_reduce_in_fp32=True),
         max_steps=steps,
@@ -125,11 +114,6 @@ def export(module: TrainingModule, directory: Path, *, base: Checkpoint, layout:
         pp_rank=groups.pp_rank(), pp_size=layout.pp, dp_rank=groups.dp_rank(), layer_offset=student.layer_offset,
         dtype=None, barrier=dist.barrier,
     )
-
-
-def forget_resume_points(directory: Path) -> None:
-    """Remove the resume points of a finished stage (rank 0)."""
-    shutil.rmtree(directory / "resume", ignore_errors=True)
 
 
 def _optimizer(optim: OptimConfig, *, bf16: bool, distributed: bool) -> nl.MegatronOptimizerModule:

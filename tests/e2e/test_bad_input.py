@@ -115,8 +115,6 @@ MISTAKES = {
         ({"parallel.tp": 2, "prune.target.ffn_hidden_size": 41}, "parallel.tp"),
     "pipeline stages that do not divide the layers": ({"parallel.pp": 3}, "parallel.pp"),
     "pipeline stages that do not divide the target": ({"parallel.pp": 2, "prune.target.num_layers": 3}, "parallel.pp"),
-    "processes that do not divide the nodes": ({"parallel.num_nodes": 2}, "parallel.num_nodes"),
-    "nodes without a rendezvous": ({"parallel.num_nodes": 2, "parallel.pp": 2}, "MASTER_ADDR"),
     "batch that does not divide": ({"train.global_batch_size": 5}, "train.global_batch_size"),
     "samples longer than the context": ({"data.seq_length": 65}, "data.seq_length"),
     "unknown key": ({"prune.target.ffn_size": 40}, "ffn_size"),

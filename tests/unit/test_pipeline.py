@@ -26,7 +26,9 @@ def recipe(teacher, tmp_path):
     def make(**changes):
         base = {"output_dir": str(tmp_path), "teacher": {"path": str(teacher)}, "data": {"seq_length": 32},
                 "prune": {"target": {"ffn_hidden_size": 20}}, "train": {"global_batch_size": 8, "micro_batch_size": 2}}
-        return config_from_dict(base | {node: base.get(node, {}) | values for node, values in changes.items()})
+        lists = {key: value for key, value in changes.items() if isinstance(value, list)}
+        nodes = {node: base.get(node, {}) | values for node, values in changes.items() if node not in lists}
+        return config_from_dict(base | nodes | lists)
 
     return make
 
@@ -41,7 +43,9 @@ def test_a_recipe_that_fits(parallel, recipe):
     ({"parallel": {"tp": 4}, "prune": {"target": {"ffn_hidden_size": 18}}}, LayoutError, "target.*parallel.tp"),
     ({"parallel": {"pp": 2}, "prune": {"target": {"num_layers": 3}}}, LayoutError, "target.*parallel.pp"),
     ({"parallel": {"dp": 3}}, ConfigError, "train.global_batch_size"),
-    ({"parallel": {"dp": 2, "num_nodes": 4}}, LayoutError, "parallel.num_nodes"),
+    ({"stages": ["correct", "score", "prune"], "prune": {"target": {"hidden_size": 999}}}, ArchError, "hidden_size"),
+    ({"stages": ["initialize", "correct", "score", "prune"], "parallel": {"tp": 5}}, LayoutError, "parallel.tp"),
+    ({"optim": {"warmup_steps": 10**9}}, ConfigError, "optim.warmup_steps"),
     ({"parallel": {"tp": 2, "sequence_parallel": True}, "data": {"seq_length": 33}}, LayoutError, "data.seq_length"),
     ({"data": {"seq_length": 65}}, ConfigError, "data.seq_length"),
     ({"prune": {"target": {}}}, ConfigError, "prune.target"),
@@ -69,19 +73,6 @@ def test_threads_are_fixed_and_shared(recipe, monkeypatch):
     assert found[0]["SOMETHING"] == "kept"
     asked = pipeline.worker_environment(recipe(parallel={"num_threads": 5}), 4)
     assert asked["OMP_NUM_THREADS"] == "5"
-
-
-def test_several_nodes_need_a_rendezvous(recipe, monkeypatch):
-    assert pipeline._rendezvous(recipe()) == ["--standalone"]
-    config = recipe(parallel={"num_nodes": 2, "dp": 2})
-    for name, value in {"NODE_RANK": "1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(LayoutError, match="no MASTER_ADDR"):
-        pipeline._rendezvous(config)
-    monkeypatch.setenv("MASTER_ADDR", "first")
-    assert pipeline._rendezvous(config) == ["--nnodes", "2", "--node-rank", "1", "--master-addr", "first",
-                                            "--master-port", "29500"]
 
 
 def test_the_record_of_a_run(recipe):

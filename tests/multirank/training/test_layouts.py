@@ -51,7 +51,7 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
             try:
                 trained = fit(
                     module, samples, label=kind, directory=out / kind, tokens=STEPS * GLOBAL_BATCH * SEQ_LENGTH,
-                    layout=degrees, train=recipe, optim=optim, seed=5, num_nodes=1, distributed_optimizer=False,
+                    layout=degrees, train=recipe, optim=optim, seed=5, distributed_optimizer=False,
                     measure=measure,
                 )
             except Interrupted:

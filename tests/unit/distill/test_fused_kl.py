@@ -269,6 +269,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
     assert vocab * chunk_tokens <= recorder.largest <= 3 * vocab * chunk_tokens
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bfloat16_gemms_on_cuda():
     args = {name: value.detach().cuda() if isinstance(value, torch.Tensor) else value

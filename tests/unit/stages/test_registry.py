@@ -49,6 +49,8 @@ def finish(context, *stages, digest="made"):
         Manifest(stage=stage, fingerprint=registry.fingerprint(context, stage, inputs), inputs=inputs,
                  config=registry.stage_config(context, stage), versions={}, world={}, times={},
                  result={"weights_digest": f"{stage} {digest}"}).write(context.stage_dir(stage))
+        for product in STAGES[stage].products:
+            (context.config.run_dir / product).write_text("made")
 
 
 def test_stages_name_functions_that_are_there_and_run_after_their_inputs():
@@ -177,3 +179,27 @@ def test_a_manifest_that_is_none_is_named(text, context):
     path.write_text(text)
     with pytest.raises(UserError, match=str(path)):
         due_stages(context)
+
+
+def test_a_report_that_was_deleted_is_due_again(context):
+    finish(context, *WITH_CONTROLS)
+    (context.config.run_dir / "report.html").unlink()
+    assert due_stages(context) == ["report"]
+
+
+def test_a_stage_alone_is_refused_where_its_input_belongs_to_another_recipe(context):
+    finish(context, *WITH_CONTROLS)
+    alone = changed(changed(context, "prune.target.ffn_hidden_size", 16), stages=["distill"], controls=[])
+    with pytest.raises(ConfigError, match="prune among the stages"):
+        registry.check_inputs(alone, due_stages(alone))
+
+
+def test_text_is_known_by_content_not_by_place(context, tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("some text")
+    here, there = (changed(context, "data.path", str(tmp_path / name)) for name in ("here", "there"))
+    finish(here, *WITH_CONTROLS)
+    assert due_stages(there) == []
+    (tmp_path / "there" / "a.txt").write_text("other text")
+    assert "score" in due_stages(there)
