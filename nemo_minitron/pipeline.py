@@ -56,7 +56,7 @@ def check_recipe(context: Context) -> None:
     """Find the user's mistakes that can be seen before anything starts.
 
     Raises:
-        UserError: a missing or unusable teacher, a target or a layout that does not fit, too few processes.
+        UserError: a missing or unusable teacher, a target, layout, batch or warm-up that does not fit.
     """
     config, layout = context.config, context.layout
     if config.train.global_batch_size % (config.train.micro_batch_size * layout.dp):

@@ -25,7 +25,8 @@ class Meters(pl.Callback):
     """Writes a JSON line a step to `metrics.jsonl` and shows a line of progress every few steps on rank 0.
 
     `tokens` counts valid training tokens from the start of the stage, over all replicas. `tokens_per_s` is
-    over the steps since the last line, `seconds` the time in training steps, over all runs of the stage.
+    over the steps since the last line, `seconds` the time in training steps over all runs of the stage, with the
+    writing of resume points and without the looks at held-out data.
     """
 
     def __init__(self, path: Path, *, label: str, log_every_steps: int) -> None:

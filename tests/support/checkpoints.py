@@ -21,8 +21,8 @@ def llama_config(arch):
             "tie_word_embeddings": arch.tied_embeddings, "torch_dtype": "float32"}
 
 
-def llama_tensors(arch, dtype=torch.float32, seed=0):
-    """Random tensors of a Llama checkpoint by name."""
+def llama_shapes(arch):
+    """Names and shapes of a Llama checkpoint, written out."""
     hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
     queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
     shapes = {"model.embed_tokens.weight": (arch.vocab_size, hidden), "model.norm.weight": (hidden,)}
@@ -36,8 +36,13 @@ def llama_tensors(arch, dtype=torch.float32, seed=0):
             "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
         }.items():
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    return shapes
+
+
+def llama_tensors(arch, dtype=torch.float32, seed=0):
+    """Random tensors of a Llama checkpoint by name."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in llama_shapes(arch).items()}
 
 
 def write_llama(arch, directory, *, dtype=torch.float32, num_files=1, seed=0):

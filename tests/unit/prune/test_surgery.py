@@ -21,6 +21,7 @@ from nemo_minitron.importance.scores import Scores, tensor_shapes
 from nemo_minitron.prune import surgery
 from nemo_minitron.prune.plan import make_plan
 from nemo_minitron.prune.surgery import prune_checkpoint
+from tests.support.checkpoints import llama_shapes
 
 SOURCE = ArchSpec(family="llama", num_layers=3, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4,
                   num_query_groups=2, head_dim=6, vocab_size=32, max_position_embeddings=64)
@@ -41,24 +42,6 @@ def llama_config(arch):
         head_dim=arch.head_dim, vocab_size=arch.vocab_size, max_position_embeddings=arch.max_position_embeddings,
         rms_norm_eps=arch.norm_eps, rope_theta=arch.rope.theta, tie_word_embeddings=arch.tied_embeddings,
         architectures=["LlamaForCausalLM"], torch_dtype="float32")
-
-
-def llama_shapes(arch):
-    """Names and shapes of a Llama checkpoint, written out."""
-    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
-    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
-    shapes = {"model.embed_tokens.weight": (arch.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not arch.tied_embeddings:
-        shapes["lm_head.weight"] = (arch.vocab_size, hidden)
-    for layer in range(arch.num_layers):
-        for name, shape in {
-            "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn),
-            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        }.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    return shapes
 
 
 def write_random_checkpoint(directory, arch, dtype=np.float32, seed=0):
