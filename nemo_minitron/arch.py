@@ -48,9 +48,13 @@ class ArchSpec:
     vocab_size: int
     max_position_embeddings: int = 2048
     rope: Rope = dataclasses.field(default_factory=Rope)
+    rotary_fraction: float = 1.0
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     activation: str = "swiglu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
     tied_embeddings: bool = False
 
     def check(self) -> ArchSpec:

@@ -73,7 +73,9 @@ class Plan:
     """What surgery keeps: ascending source indices per axis.
 
     `layers` and `hidden` are network-wide; `ffn`, `heads` and `groups` have one tuple per kept layer,
-    in the order of `layers`. An axis that is not cut lists all its indices.
+    in the order of `layers`. An axis that is not cut lists all its indices. `head_pairs`, where used, has for each
+    kept layer the pairs (kept head, pruned head): the queries of the kept one become
+    kept + `head_residual` * (kept - pruned).
     """
 
     source: ArchSpec
@@ -83,6 +85,8 @@ class Plan:
     ffn: tuple[tuple[int, ...], ...]
     heads: tuple[tuple[int, ...], ...]
     groups: tuple[tuple[int, ...], ...]
+    head_pairs: tuple[tuple[tuple[int, int], ...], ...] = ()
+    head_residual: float = 0.0
     scores_digest: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +99,8 @@ class Plan:
         rows = {axis: tuple(tuple(row) for row in data[axis]) for axis in ("ffn", "heads", "groups")}
         return cls(source=ArchSpec.from_dict(data["source"]), target=ArchSpec.from_dict(data["target"]),
                    layers=tuple(data["layers"]), hidden=tuple(data["hidden"]),
+                   head_pairs=tuple(tuple((kept, cut) for kept, cut in row) for row in data.get("head_pairs", ())),
+                   head_residual=data.get("head_residual", 0.0),
                    scores_digest=data.get("scores_digest"), **rows)
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from importlib import import_module
 
-from nemo_minitron.config import load_config
+from nemo_minitron.compose import load_config
 from nemo_minitron.errors import ConfigError, UserError
 
 USAGE = """\
-usage: minitron [run|config] [experiment=NAME] [key=value ...]
+usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
 
-  run      do what is missing of the recipe (the default)
-  config   print the composed recipe and start nothing
+  run                      do what is missing of the recipe (the default)
+  config                   print the composed recipe and start nothing
+  scores show PATH         print and plot scores (html=FILE for a page)
+  scores diff A B          rank correlation of two scores, by axis and layer
+  data prepare             text or jsonl to .bin/.idx token files, in several processes
+  import                   a Megatron or NeMo distributed checkpoint to a Hugging Face directory
+  export                   a Hugging Face directory to a Megatron or NeMo distributed checkpoint
 
   minitron experiment=demo                      prune and distill the embedded teacher
   minitron experiment=demo parallel.tp=2        the same on two tensor-parallel processes
@@ -22,6 +28,15 @@ usage: minitron [run|config] [experiment=NAME] [key=value ...]
 
 Keys are those of conf/config.yaml. Results: outputs/NAME/summary.json and outputs/NAME/report.html.
 Exit codes: 0 done, 2 a mistake in the command or its inputs (one line says which), 1 anything else."""
+
+TOOLS = {
+    ("scores", "show"): "report.scores_command:show",
+    ("scores", "diff"): "report.scores_command:diff",
+    ("data", "prepare"): "data.command:main",
+    ("import",): "checkpoint.command:import_megatron",
+    ("export",): "checkpoint.command:export_megatron",
+}
+"""Commands that are no recipe, and the function that takes the rest of the arguments; imported when asked for."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,11 +63,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> None:
+    for words, function in TOOLS.items():
+        if tuple(arguments[: len(words)]) == words:
+            module, name = function.split(":")
+            getattr(import_module(f"nemo_minitron.{module}"), name)(arguments[len(words) :])
+            return
     command, overrides = "run", list(arguments)
     if overrides and "=" not in overrides[0]:
         command = overrides.pop(0)
     if command not in ("run", "config"):
-        raise ConfigError("unknown command", expected="run or config, or key=value", found=repr(command))
+        tools = ", ".join(" ".join(words) for words in TOOLS)
+        raise ConfigError("unknown command", expected=f"run, config, {tools}, or key=value", found=repr(command))
     config = load_config(overrides)
     if command == "config":
         from omegaconf import OmegaConf

@@ -1,8 +1,6 @@
-"""The configuration: one dataclass for each node of `conf/`, with units, and how it is composed.
+"""The configuration: one dataclass for each node of `conf/`, with units. `compose` fills them.
 
-`load_config` composes `conf/config.yaml` with an experiment and overrides through Hydra's compose API,
-merges the result into these dataclasses (an unknown key or a wrong type is a `ConfigError`) and returns
-them. Components get their own node only; the whole `Config` goes no further than the stages.
+Components get their own node only; the whole `Config` goes no further than the stages.
 """
 
 from __future__ import annotations
@@ -12,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import ConfigError
-
 STAGES = ("initialize", "correct", "score", "prune", "distill", "ce", "scratch", "evaluate", "report")
 CONTROLS = ("ce", "scratch")
+LAYER_METRICS = ("block_influence", "loss", "accuracy", "logit_mse", "removal_order")
 
 
 @dataclass
@@ -86,17 +83,47 @@ class ParallelConfig:
 
 
 @dataclass
-class ImportanceConfig:
-    """Importance from activations (arXiv:2407.14679, section 2.2)."""
+class DepthConfig:
+    """Importance of layers and blocks of layers from runs without them; block influence needs none of this."""
 
+    metrics: list[str] = field(default_factory=list)
+    """Of loss (nats/token, and with it perplexity), logit_mse, accuracy (of `task`)."""
+    block_lengths: list[int] = field(default_factory=lambda: [1])
+    """Lengths of the contiguous blocks that are left out; 1: every single layer."""
+    iterative: bool = False
+    """Also remove layer after layer by logit_mse, each time the one that is missed least."""
+    num_samples: int = 64
+    """Calibration samples that the metrics are measured on."""
+    task: str | None = None
+    """File of multiple-choice questions for accuracy; docs/pruning.md has the form."""
+
+
+@dataclass
+class ImportanceConfig:
+    """Importance from activations (arXiv:2407.14679, section 2.2), or a baseline to compare with."""
+
+    method: str = "activations"
+    """activations; magnitude (norms of the weights); random."""
     num_samples: int = 1024
     """Calibration samples."""
     micro_batch_size: int = 8
     """Samples a forward pass."""
+    neurons: str = "post_activation"
+    """What is measured of FFN neurons: post_activation (the official code) or pre_activation (the paper)."""
+    heads: str = "channels"
+    """And of heads: channels, each over the sequence, then their norm (the official code); or tokens, the norm of each
+    token's output (the paper)."""
     batch: str = "l2"
     """Aggregation over samples: mean, l2 or var."""
     sequence: str = "mean"
     """Aggregation over a sample's tokens: mean (of absolute values), l2 or var."""
+    norms: list[str] = field(default_factory=lambda: ["input", "pre_mlp"])
+    """Norms whose outputs count for hidden channels: input, pre_mlp, final."""
+    ranking: str = "per_layer"
+    """per_layer: each layer ranks its own neurons and heads; summed: scores are summed over layers first."""
+    iterations: int = 1
+    """Steps from the source's to the target's widths, importance measured anew at each."""
+    depth: DepthConfig = field(default_factory=DepthConfig)
 
 
 @dataclass
@@ -106,13 +133,65 @@ class TargetConfig:
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+
+
+@dataclass
+class RatioConfig:
+    """Fractions of the source's sizes that stay, rounded to `prune.divisors`; null: see `prune.target`."""
+
+    num_layers: float | None = None
+    hidden_size: float | None = None
+    ffn_hidden_size: float | None = None
+    num_attention_heads: float | None = None
+    num_query_groups: float | None = None
+
+
+@dataclass
+class BudgetConfig:
+    """Most parameters that may stay; hidden size and FFN, where not given, shrink in the same proportion to meet it."""
+
+    num_parameters: float | None = None
+    """All parameters: a number, or up to 1 a fraction of the source's."""
+    num_non_embedding_parameters: float | None = None
+    """The same without both embedding matrices."""
+
+
+@dataclass
+class DivisorsConfig:
+    """Sizes that come from a ratio or a budget are multiples of these."""
+
+    hidden_size: int = 16
+    ffn_hidden_size: int = 16
+
+
+@dataclass
+class LayersConfig:
+    """Which layers go when `target.num_layers` is smaller than the source's."""
+
+    by: str = "block_influence"
+    """block_influence; loss, accuracy or logit_mse of the model without them; removal_order (iterative logit_mse)."""
+    contiguous: bool = False
+    """Drop one block of neighbours, chosen as a whole."""
+    drop: list[int] | None = None
+    """Or just these, counted from 0."""
 
 
 @dataclass
 class PruneConfig:
     """What surgery cuts to."""
 
+    scores: str | None = None
+    """Folder of scores of the same model from another run; null: those of the stage `score`."""
     target: TargetConfig = field(default_factory=TargetConfig)
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    divisors: DivisorsConfig = field(default_factory=DivisorsConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    head_residual: float = 0.0
+    """Coefficient with which a pruned head's difference is added to the kept head it is paired with; 1 is the formula
+    of arXiv:2407.14679, section 2.3."""
 
 
 @dataclass
@@ -214,120 +293,3 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `config_from_dict` reads it back."""
         return dataclasses.asdict(self)
-
-
-def conf_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it when installed as a wheel."""
-    package = Path(__file__).resolve().parent
-    beside = package.parent / "conf"
-    return beside if (beside / "config.yaml").exists() else package / "conf"
-
-
-def shipped_model(name: str) -> str:
-    """Path of a checkpoint that comes with the project (`${shipped:NAME}` in the YAML files)."""
-    return str(conf_dir().parent / "models" / name)
-
-
-def load_config(overrides: list[str]) -> Config:
-    """Compose `conf/config.yaml` with Hydra overrides such as `experiment=demo` or `parallel.tp=2`.
-
-    Raises:
-        ConfigError: for an unknown group, key or value, with Hydra's own first line of explanation.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    _check_overrides(overrides)
-    OmegaConf.register_new_resolver("shipped", shipped_model, replace=True)
-    try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            composed = OmegaConf.to_container(compose("config", overrides=overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError("the configuration cannot be composed", found=_first_lines(error)) from None
-    return config_from_dict(composed)
-
-
-def _check_overrides(overrides: list[str]) -> None:
-    """Name the override that is at fault where Hydra would not: bad syntax, a group's member that does not exist."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            raise ConfigError("not an override", expected="key=value in Hydra's syntax", found=repr(text)) from None
-        name, group = override.key_or_group, conf_dir() / override.key_or_group
-        if not name:
-            raise ConfigError("not an override", expected="key=value", found=repr(text))
-        if group.is_dir() and not (group / f"{override.value()}.yaml").is_file():
-            known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
-            raise ConfigError(f"unknown {name}", expected=known, found=repr(override.value()), key=name)
-
-
-def config_from_dict(data: Any) -> Config:
-    """Check plain data against the dataclasses above and return them; `ConfigError` says which key is wrong."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), data))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or ""
-        raise ConfigError("bad configuration", found=_first_lines(error), key=key) from None
-    assert isinstance(config, Config)
-    _check(config)
-    return config
-
-
-def _check(config: Config) -> None:
-    for name, allowed in (("stages", STAGES), ("controls", CONTROLS)):
-        unknown = [value for value in getattr(config, name) if value not in allowed]
-        if unknown:
-            raise ConfigError(f"unknown entry in {name}", expected=", ".join(allowed), found=", ".join(unknown),
-                              key=name)
-    choices = (
-        ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed")),
-        ("importance.batch", config.importance.batch, ("mean", "l2", "var")),
-        ("importance.sequence", config.importance.sequence, ("mean", "l2", "var")),
-        ("train.precision", config.train.precision, ("32", "bf16-mixed")),
-    )
-    for key, value, choice in choices:
-        if value not in choice:
-            raise ConfigError("bad value", expected=", ".join(choice), found=repr(value), key=key)
-    positive = {
-        "parallel": ("tp", "pp", "dp", "timeout_s"),
-        "data": ("seq_length",),
-        "importance": ("num_samples", "micro_batch_size"),
-        "train": ("global_batch_size", "micro_batch_size", "log_every_steps", "checkpoint_every_steps",
-                  "eval_samples", "chunk_tokens"),
-        "evaluate": ("micro_batch_size",),
-        "correct": ("tokens",),
-        "distill": ("tokens",),
-    }
-    for node, names in positive.items():
-        for name in names:
-            value = getattr(getattr(config, node), name)
-            if value < 1:
-                raise ConfigError("bad value", expected="a positive number", found=str(value), key=f"{node}.{name}")
-    not_negative = {
-        "optim": tuple(field.name for field in dataclasses.fields(OptimConfig)),
-        "train": ("eval_every_steps",),
-        "distill": ("kl_weight", "ce_weight"),
-    }
-    for node, names in not_negative.items():
-        for name in names:
-            value = getattr(getattr(config, node), name)
-            if not value >= 0:  # NaN is not
-                raise ConfigError("bad value", expected="zero or more", found=str(value), key=f"{node}.{name}")
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
-
-
-def _first_lines(error: Exception) -> str:
-    """The telling lines of a Hydra or OmegaConf message, without its object dump."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines[:3] if not line.startswith(("object_type", "full_key", "reference_type")))

@@ -21,8 +21,8 @@ from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
-from nemo_minitron.stages.prune import check_target
 from nemo_minitron.stages.registry import STAGES, check_inputs, due_stages, wanted_stages
+from nemo_minitron.stages.targets import check_depth, check_layer_metric, how_to_rank, resolved_target
 from nemo_minitron.training.budget import check_warmup, num_steps
 
 
@@ -71,10 +71,15 @@ def check_recipe(context: Context) -> None:
         arch = initial_arch(config.model)
     else:
         arch = read_checkpoint(context.start_path()).arch
+    if "score" in wanted_stages(context):
+        check_depth(arch, config.importance.depth)
     context.check_seq_length(arch)
     layout.check(arch, name="teacher", seq_length=config.data.seq_length)
     if "prune" in wanted_stages(context):
-        layout.check(check_target(arch, config.prune.target), name="target", seq_length=config.data.seq_length)
+        target = resolved_target(arch, config.prune)
+        how_to_rank(config.importance)
+        check_layer_metric(arch, target, config.prune, config.importance.depth)
+        layout.check(target, name="target", seq_length=config.data.seq_length)
 
 
 def _record(config: Config, arguments: list[str]) -> None:

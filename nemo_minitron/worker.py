@@ -50,7 +50,7 @@ def _run(job: dict[str, Any], rank: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from nemo_minitron.config import config_from_dict
+    from nemo_minitron.compose import config_from_dict
     from nemo_minitron.parallel import groups
     from nemo_minitron.stages.context import Context
     from nemo_minitron.stages.execute import execute

@@ -42,6 +42,18 @@ def bfloat16_bits(values: NDArray[Any]) -> NDArray[Any]:
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored `values` of a safetensors float type as float32; BF16 comes as raw `uint16`."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32)
+
+
+def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """`values` rounded to a safetensors float type, in numpy's type for it."""
+    return bfloat16_bits(values) if dtype == "BF16" else values.astype(NUMPY_DTYPES[dtype])
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """Where one tensor lies: absolute byte range `[begin, end)` of its file."""

@@ -23,11 +23,16 @@ from nemo_minitron import artifacts
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.errors import ScoresError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 WIDTH_AXES = ("hidden", "ffn", "heads", "groups")
+AXES = (*WIDTH_AXES, "layers")
 SEQUENCE_STATISTICS = ("mean", "l2", "var")
 MOMENTS = ("sum", "sum_of_squares")
 BLOCK_INFLUENCE = "layers.block_influence"
+REMOVAL_ORDER = "layers.logit_mse.removal_order"
+DEPTH_METRICS = ("loss", "accuracy", "logit_mse")
+STATIC_METHODS = ("magnitude", "random", "iterative")
+"""Importance that is a number per unit already: no statistic of activations is aggregated."""
 DEFAULT_AGGREGATION = {"batch": "l2", "sequence": "mean"}
 """Best of the nine combinations on the 8T validation set in arXiv:2407.14679, Table 11."""
 
@@ -36,25 +41,37 @@ HEADER_FILE = "scores.json"
 
 
 def width_shape(arch: ArchSpec, axis: str) -> tuple[int, int]:
-    """Rows and units of a width axis: [2L, H] for hidden (both norms of each layer), else [L, axis size]."""
-    sizes = {"hidden": arch.hidden_size, "ffn": arch.ffn_hidden_size,
-             "heads": arch.num_attention_heads, "groups": arch.num_query_groups}
-    return (2 if axis == "hidden" else 1) * arch.num_layers, sizes[axis]
+    """Rows and units of what is measured on a width axis.
+
+    hidden [2L + 1, H]: input norm and pre-MLP norm of each layer in order, then the final norm; ffn [L, F]; heads
+    [L, N] and groups [L, G] (norms of each token's output); head_channels [L, N * D] (channels of the heads' outputs).
+    """
+    sizes = {"hidden": arch.hidden_size, "ffn": arch.ffn_hidden_size, "heads": arch.num_attention_heads,
+             "groups": arch.num_query_groups, "head_channels": arch.num_attention_heads * arch.head_dim}
+    return 2 * arch.num_layers + 1 if axis == "hidden" else arch.num_layers, sizes[axis]
 
 
 def tensor_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor that `Scores` of `arch` may hold, by name."""
     shapes: dict[str, tuple[int, ...]] = {
         f"{axis}.{statistic}.{moment}": width_shape(arch, axis)
-        for axis in WIDTH_AXES for statistic in SEQUENCE_STATISTICS for moment in MOMENTS
+        for axis in (*WIDTH_AXES, "head_channels") for statistic in SEQUENCE_STATISTICS for moment in MOMENTS
     }
-    shapes[BLOCK_INFLUENCE] = (arch.num_layers,)
+    shapes[BLOCK_INFLUENCE] = shapes[REMOVAL_ORDER] = (arch.num_layers,)
+    for metric in DEPTH_METRICS:
+        shapes[f"layers.{metric}.0"] = (1,)
+        shapes.update({f"layers.{metric}.{length}": (arch.num_layers - length + 1,)
+                       for length in range(1, arch.num_layers)})
+    for method in STATIC_METHODS:
+        shapes.update({f"{axis}.{method}": (1 if axis == "hidden" else arch.num_layers, width_shape(arch, axis)[1])
+                       for axis in WIDTH_AXES})
+        shapes[f"layers.{method}"] = (arch.num_layers,)
     return shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Sums over calibration samples of per-sample sequence statistics, and block influence.
+    """What was measured, by name: float64, global.
 
     With a_1..a_S the activations of one unit at the S tokens of one sample, the sequence statistics are
 
@@ -62,12 +79,19 @@ class Scores:
     - l2:   `sqrt(sum_s a_s^2)` (no denominator),
     - var:  `(1/S) * sum_s (a_s - abar)^2` with abar the signed mean over the same S tokens.
 
-    `tensors["{axis}.{statistic}.sum"]` and `["{axis}.{statistic}.sum_of_squares"]` add such a statistic and its
-    square over all `num_samples` samples: float64, global, [rows, units] = [L, F] (ffn), [L, N] (heads), [L, G]
-    (groups), [2L, H] (hidden; input norm and pre-MLP norm of each layer, in order).
-    `tensors["layers.block_influence"]` [L] is already a mean over all calibration tokens. Axes that were not
-    collected are absent. `measures` says per axis which activation was measured; `samples_digest` identifies the
-    calibration tokens and `source_digest` the weights of the scored checkpoint.
+    `{axis}.{statistic}.sum` and `.sum_of_squares` add such a statistic and its square over all `num_samples`
+    samples, shaped as `width_shape` says. Of the heads either `head_channels` is there (every channel of the heads'
+    outputs) or `heads` and `groups` (the norm of each token's output, of a head and of all heads of a group).
+
+    `layers.block_influence` [L] is already a mean over all calibration tokens. `layers.{metric}.{k}` [L - k + 1] is
+    the model without layers i to i+k-1: loss (nats/token), accuracy (fraction of a task file's questions) or
+    logit_mse (sum of squared differences of the logits over the sum of the whole model's squares);
+    `layers.{metric}.0` [1] is the whole model's. `layers.logit_mse.removal_order` [L] counts from 0 which layer went
+    first when one after another was removed; the layer that stayed last has L - 1.
+
+    `{axis}.magnitude`, `.random` and `.iterative` are importance per unit as it is, [rows, units] (hidden: one row),
+    `layers.*` [L]. What was not collected is absent. `measures` says per axis what was measured; `samples_digest`
+    identifies the calibration tokens and `source_digest` the weights of the scored checkpoint.
     """
 
     source: ArchSpec
@@ -107,9 +131,11 @@ class Scores:
         return self
 
     def axes(self) -> tuple[str, ...]:
-        """The axes that were collected, in a fixed order ("layers" for block influence)."""
+        """The axes that were collected, in a fixed order."""
         collected = {name.split(".")[0] for name in self.tensors}
-        return tuple(axis for axis in (*WIDTH_AXES, "layers") if axis in collected)
+        if "head_channels" in collected:
+            collected |= {"heads", "groups"}
+        return tuple(axis for axis in AXES if axis in collected)
 
     def statistics(self) -> tuple[str, ...]:
         """The sequence statistics that were collected for at least one axis, in a fixed order."""
@@ -163,8 +189,8 @@ class Scores:
                          measures=dict(header["measures"]), tensors=tensors)
             expected_digest = header["tensors_digest"]
         except (KeyError, TypeError) as error:
-            raise ScoresError(f"cannot read {directory / HEADER_FILE}", expected="the fields of schema 1",
-                              found=repr(error)) from None
+            raise ScoresError(f"cannot read {directory / HEADER_FILE}", found=repr(error),
+                              expected=f"the fields of schema {SCHEMA_VERSION}") from None
         if hashlib.sha256(content).hexdigest() != expected_digest:
             raise ScoresError(f"{TENSORS_FILE} and {HEADER_FILE} in {directory} do not belong together",
                               expected=f"digest {expected_digest}", found="another")
@@ -186,3 +212,16 @@ class Scores:
 
     def _tensor_bytes(self) -> bytes:
         return safetensors.numpy.save({name: np.ascontiguousarray(tensor) for name, tensor in self.tensors.items()})
+
+
+def scores_digest(directory: Path) -> str:
+    """SHA-256 (hex) of the files of scores, without reading what they say.
+
+    Raises:
+        ScoresError: there are none.
+    """
+    files = [directory / HEADER_FILE, directory / TENSORS_FILE]
+    if not all(file.is_file() for file in files):
+        raise ScoresError("no scores", expected=f"{HEADER_FILE} and {TENSORS_FILE} in {directory}", found="none",
+                          key="prune.scores")
+    return artifacts.digest_files(files)

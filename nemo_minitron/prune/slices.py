@@ -27,7 +27,7 @@ def rows_and_columns(plan: Plan, tensor: HFTensor) -> tuple[Indices | None, Indi
 def _kept(plan: Plan, layer: int | None, axis: str | None) -> Indices | None:
     """Kept indices along one dim, or None for all."""
     source = plan.source
-    if axis is None or axis == "vocab":
+    if axis in (None, "vocab", "head_dim"):
         return None
     if axis == "hidden":
         return None if len(plan.hidden) == source.hidden_size else plan.hidden

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Plan, read_json, write_json
 from nemo_minitron.checkpoint import families
-from nemo_minitron.checkpoint.container import NUMPY_DTYPES
+from nemo_minitron.checkpoint.container import NUMPY_DTYPES, from_float32, to_float32
 from nemo_minitron.checkpoint.directory import copy_tokenizer_files, prepare_partial, publish_partial
 from nemo_minitron.checkpoint.families import HFTensor
 from nemo_minitron.checkpoint.tensors import TensorReader, TensorWriter
@@ -42,7 +45,7 @@ def prune_checkpoint(source_dir: Path, plan: Plan, output_dir: Path, *, shard_by
 
     Raises:
         CheckpointError: `source_dir` is broken, is not of shape `plan.source`, holds tensors that its family does
-            not know, or lies in `output_dir`.
+            not know, or lies in `output_dir`; or the disk is full.
     """
     if source_dir.resolve().is_relative_to(output_dir.resolve()):
         raise CheckpointError("the output directory would replace the source", found=str(output_dir),
@@ -56,10 +59,15 @@ def prune_checkpoint(source_dir: Path, plan: Plan, output_dir: Path, *, shard_by
             planned = [(target.name, reader.dtype(source.name), target.shape) for source, target in pairs]
             with TensorWriter(partial, planned, shard_bytes=shard_bytes) as writer:
                 for source, target in pairs:
-                    _copy(reader, writer, plan, source, target)
+                    queries = plan.head_pairs and source.axes[0] == "heads"
+                    (_copy_queries if queries else _copy)(reader, writer, plan, source, target)
             config = families.hf_config(plan.target, read_json(source_dir / "config.json"))
             write_json(partial / "config.json", {**config, **(extra_config or {})})
             copy_tokenizer_files(source_dir, partial)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError("the pruned checkpoint cannot be written", found=error.strerror or str(error),
+                                  expected=f"room to write in {output_dir.parent}", key="output_dir") from None
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -121,3 +129,21 @@ def _copy(reader: TensorReader, writer: TensorWriter, plan: Plan, source: HFTens
         stop = min(start + block_rows, num_rows)
         block = reader.read(source.name, rows=slice(start, stop) if rows is None else rows[start:stop], cols=columns)
         writer.write_rows(target.name, start, block)
+
+
+def _copy_queries(reader: TensorReader, writer: TensorWriter, plan: Plan, source: HFTensor, target: HFTensor) -> None:
+    """Copy the kept heads' query rows; of a paired head write kept + c (kept - pruned), computed in fp32."""
+    assert source.layer is not None
+    position, head_dim, dtype = plan.layers.index(source.layer), plan.source.head_dim, reader.dtype(source.name)
+    _, columns = rows_and_columns(plan, source)
+    partner = dict(plan.head_pairs[position])
+
+    def rows_of(head: int) -> NDArray[Any]:
+        return reader.read(source.name, rows=slice(head * head_dim, (head + 1) * head_dim), cols=columns)
+
+    for place, head in enumerate(plan.heads[position]):
+        rows = rows_of(head)
+        if head in partner:
+            kept, pruned = to_float32(rows, dtype), to_float32(rows_of(partner[head]), dtype)
+            rows = from_float32(kept + np.float32(plan.head_residual) * (kept - pruned), dtype)
+        writer.write_rows(target.name, place * head_dim, rows)

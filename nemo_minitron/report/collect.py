@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest, Plan, read_json
 from nemo_minitron.errors import ScoresError, UserError
-from nemo_minitron.importance.aggregate import importance
+from nemo_minitron.importance.aggregate import Ranking, importance
 from nemo_minitron.importance.scores import DEFAULT_AGGREGATION, Scores
 
 STAGES = ("initialize", "correct", "score", "search", "prune", "cache_teacher", "distill", "ce", "scratch", "align",
@@ -166,10 +166,15 @@ def _importance(directory: Path, plan: Plan | None, prune: Manifest | None, outp
         scores = Scores.load(directory)
         if plan is not None and plan.source != scores.source:
             raise ScoresError("the scores belong to another model than the plan")
+        if plan is not None and plan.scores_digest not in (None, scores.digest()):
+            return None  # the plan was made from scores of another run
         asked = _as_dict(prune.config.get("importance")) if prune else {}
         choice = {key: str(asked.get(key, default)) for key, default in DEFAULT_AGGREGATION.items()}
-        found = {axis: importance(scores, axis, **choice).tolist()
-                 for axis in ("hidden", "ffn", "layers") if axis in scores.axes()}
+        method = "iterative" if asked.get("iterations", 1) != 1 else str(asked.get("method", "activations"))
+        how = Ranking(method=method, norms=tuple(asked.get("norms", ("input", "pre_mlp"))),
+                      ranking=str(asked.get("ranking", "per_layer")), **choice)
+        axes = ("hidden", "ffn", "layers") if method == "activations" else ("hidden", "ffn")
+        found = {axis: importance(scores, axis, how).tolist() for axis in axes if axis in scores.axes()}
     except UserError as error:
         problems.append(f"{_relative(directory, output_dir)}: {error}")
         return None

@@ -77,6 +77,11 @@ class Context:
             raise ConfigError("no teacher", expected="a Hugging Face directory", found="null", key="teacher.path")
         return Path(self.config.teacher.path)
 
+    def scores_path(self) -> Path:
+        """Folder of the scores that `prune` reads: `prune.scores`, else those of the stage `score`."""
+        scores = self.config.prune.scores
+        return self.stage_dir("score") if scores is None else Path(scores)
+
     def read(self, path: Path) -> Checkpoint:
         """The checkpoint in `path`; rank 0 reads all of its bytes for the digests, and every rank gets the result."""
         found: Checkpoint = self.share(read_checkpoint(path) if self.rank == 0 else None)

@@ -12,10 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_minitron.artifacts import digest_json
+from nemo_minitron.artifacts import digest_files, digest_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.data.source import resolve_kind, source_digest
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.importance.scores import scores_digest
 from nemo_minitron.stages.context import Context
 
 TEACHER = "teacher"
@@ -78,6 +79,8 @@ _WITHOUT_EFFECT = ("log_every_steps", "eval_every_steps", "eval_samples", "check
 def wanted_stages(context: Context) -> list[str]:
     """The recipe's stages and controls, in the order in which they run."""
     wanted = {*context.config.stages, *context.config.controls}
+    if context.config.prune.scores is not None:
+        wanted.discard("score")
     return [stage for stage in STAGES if stage in wanted]
 
 
@@ -90,20 +93,42 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         kind, path = part["data"]["kind"], part["data"].pop("path")
         part["data"] |= {"kind": resolve_kind(kind, path), "digest": source_digest(kind, path)}
     if stage == "score":
-        part["importance"] = {"num_samples": part["importance"]["num_samples"]}
+        part["importance"] = _what_is_collected(part["importance"])
+        if context.config.importance.iterations > 1:
+            part |= {"ranking": _how_it_is_ranked(context), "prune": context.config_part("prune")["prune"]}
     if stage == "prune":
-        part["importance"] = {key: part["importance"][key] for key in ("batch", "sequence")}
+        part["importance"] = _how_it_is_ranked(context)
+        part["prune"].pop("scores")
     if stage in ("ce", "scratch"):
         part["distill"] = {"tokens": part["distill"]["tokens"]}
     return part
+
+
+def _what_is_collected(importance: dict[str, Any]) -> dict[str, Any]:
+    """The part of `importance` that a score file depends on; what only aggregates it is left out."""
+    if importance["method"] != "activations":
+        return {"method": importance["method"]}
+    collected = {key: importance[key] for key in ("method", "num_samples", "neurons", "heads", "iterations", "depth")}
+    depth = dict(collected["depth"])
+    if depth["task"] is not None and Path(depth["task"]).is_file():
+        depth["task"] = digest_files([Path(depth["task"])])
+    return {**collected, "depth": depth}
+
+
+def _how_it_is_ranked(context: Context) -> dict[str, Any]:
+    importance = context.config_part("importance")["importance"]
+    return {key: importance[key] for key in ("method", "batch", "sequence", "norms", "ranking", "iterations")}
 
 
 def input_digests(context: Context, stage: str) -> dict[str, str] | None:
     """Digest of every input by name, or None where one is not there yet."""
     digests: dict[str, str] = {}
     for name in (*STAGES[stage].inputs, *STAGES[stage].optional_inputs):
+        digest: str | None
         if name in (TEACHER, "start"):
             digest = _model_digest(context, name)
+        elif name == "score" and context.config.prune.scores is not None:
+            digest = scores_digest(Path(context.config.prune.scores))
         else:
             stale = name in STAGES[stage].optional_inputs and not is_current(context, name)
             manifest = None if stale else context.manifest(name)
@@ -132,8 +157,13 @@ def is_done(context: Context, stage: str) -> bool:
 
 def is_current(context: Context, stage: str) -> bool:
     """Whether the stage and all that it was made from are done: no control of an earlier target, say."""
-    stages = [name for name in STAGES[stage].inputs if name in STAGES]
-    return is_done(context, stage) and all(is_current(context, name) for name in stages)
+    return is_done(context, stage) and all(is_current(context, name) for name in _stage_inputs(context, stage))
+
+
+def _stage_inputs(context: Context, stage: str) -> list[str]:
+    """The inputs that are stages of this run: not scores that come from elsewhere."""
+    elsewhere = {"score"} if context.config.prune.scores is not None else set()
+    return [name for name in STAGES[stage].inputs if name in STAGES and name not in elsewhere]
 
 
 def due_stages(context: Context) -> list[str]:
@@ -151,8 +181,7 @@ def due_stages(context: Context) -> list[str]:
 def check_inputs(context: Context, due: list[str]) -> None:
     """Raise `ConfigError` where a wanted stage reads what is not there, or is there for another recipe, and not due."""
     for stage in wanted_stages(context):
-        missing = [name for name in STAGES[stage].inputs
-                   if name in STAGES and name not in due and not is_current(context, name)]
+        missing = [name for name in _stage_inputs(context, stage) if name not in due and not is_current(context, name)]
         if missing:
             raise ConfigError(f"stage {stage} lacks its input for this recipe", key="stages",
                               expected=f"{', '.join(missing)} among the stages", found=", ".join(context.config.stages))

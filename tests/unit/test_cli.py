@@ -6,7 +6,7 @@ import yaml
 
 from nemo_minitron import pipeline
 from nemo_minitron.cli import main
-from nemo_minitron.config import config_from_dict, load_config
+from nemo_minitron.compose import config_from_dict, load_config
 from nemo_minitron.errors import CheckpointError
 
 

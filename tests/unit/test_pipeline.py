@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from nemo_minitron import pipeline
-from nemo_minitron.config import config_from_dict
+from nemo_minitron.compose import config_from_dict
 from nemo_minitron.errors import ArchError, CheckpointError, ConfigError, LayoutError, UserError
 from nemo_minitron.stages.context import Context
 from tests.support.checkpoints import UNTIED, write_llama

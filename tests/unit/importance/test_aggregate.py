@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.errors import ConfigError, ScoresError
-from nemo_minitron.importance.aggregate import BATCH_AGGREGATIONS, aggregate, importance
+from nemo_minitron.importance.aggregate import BATCH_AGGREGATIONS, Ranking, aggregate, importance
 from nemo_minitron.importance.scores import SEQUENCE_STATISTICS, WIDTH_AXES, Scores, width_shape
 
 SOURCE = ArchSpec(family="llama", num_layers=2, hidden_size=6, ffn_hidden_size=5, num_attention_heads=4,
@@ -75,10 +75,38 @@ def test_variance_of_equal_samples_is_zero_and_never_negative():
 
 def test_hidden_is_summed_over_the_norms_and_ffn_stays_per_layer():
     rng = np.random.default_rng(3)
-    hidden, ffn = rng.normal(size=(4, 7, 4, 6)), rng.normal(size=(4, 7, 2, 5))
+    hidden, ffn = rng.normal(size=(4, 7, 5, 6)), rng.normal(size=(4, 7, 2, 5))
     scores = scores_of({"hidden": hidden, "ffn": ffn})
-    np.testing.assert_allclose(importance(scores, "hidden"), reference(hidden, "l2", "mean").sum(0))
+    per_norm = reference(hidden, "l2", "mean")
+    np.testing.assert_allclose(importance(scores, "hidden"), per_norm[:4].sum(0))  # without the final norm
+    np.testing.assert_allclose(importance(scores, "hidden", Ranking(norms=("pre_mlp", "final"))),
+                               per_norm[1] + per_norm[3] + per_norm[4])
     np.testing.assert_allclose(importance(scores, "ffn"), reference(ffn, "l2", "mean"))
+
+
+def test_summed_ranking_gives_every_layer_the_sum_over_layers():
+    ffn = np.random.default_rng(3).normal(size=(4, 7, 2, 5))
+    summed = importance(scores_of({"ffn": ffn}), "ffn", Ranking(ranking="summed"))
+    np.testing.assert_allclose(summed, np.tile(reference(ffn, "l2", "mean").sum(0), (2, 1)))
+
+
+@pytest.mark.parametrize(("axis", "size"), [("heads", 4), ("groups", 8)])
+def test_channels_of_heads_become_the_norm_of_a_head_or_a_group(axis, size):
+    channels = np.random.default_rng(4).normal(size=(4, 7, 2, 16))
+    per_channel = reference(channels, "mean", "l2")
+    expected = [[np.sqrt((row[first : first + size] ** 2).sum()) for first in range(0, 16, size)]
+                for row in per_channel]
+    found = importance(scores_of({"head_channels": channels}), axis, Ranking(batch="mean", sequence="l2"))
+    np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize(("change", "key"), [
+    ({"method": "luck"}, "method"), ({"ranking": "global"}, "ranking"), ({"norms": ()}, "norms"),
+    ({"norms": ("input", "input")}, "norms"), ({"norms": ("last",)}, "norms"),
+])
+def test_unknown_choice_is_named(change, key):
+    with pytest.raises(ConfigError, match=rf"importance\.{key}"):
+        Ranking(**change).check()
 
 
 def test_layers_is_block_influence():
@@ -89,7 +117,7 @@ def test_layers_is_block_influence():
 @pytest.mark.parametrize("axis", ["hidden", "heads", "groups", "layers"])
 def test_axis_that_was_not_collected_is_named(axis):
     scores = scores_of({"ffn": np.ones((1, 1, 2, 5))})
-    with pytest.raises(ScoresError, match="block influence" if axis == "layers" else f"axis '{axis}'"):
+    with pytest.raises(ScoresError, match=f"axis '{axis}'"):
         importance(scores, axis)
 
 

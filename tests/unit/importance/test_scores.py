@@ -44,7 +44,7 @@ def test_save_and_load_give_back_every_field_and_bit(tmp_path):
 def test_header_says_what_the_tensors_are(tmp_path):
     make_scores().save(tmp_path)
     header = json.loads((tmp_path / "scores.json").read_text())
-    assert header["schema_version"] == 1
+    assert header["schema_version"] == 2
     assert header["axes"] == ["hidden", "ffn", "heads", "groups", "layers"]
     assert header["statistics"] == ["mean", "l2", "var"]
     assert header["default_aggregation"] == {"batch": "l2", "sequence": "mean"}
@@ -72,8 +72,9 @@ def test_digest_does_not_depend_on_the_order_of_the_tensors():
     assert make_scores(tensors=dict(reversed(scores.tensors.items()))).digest() == scores.digest()
 
 
-def test_hidden_has_two_rows_per_layer():
-    assert width_shape(SOURCE, "hidden") == (6, 8)
+def test_hidden_has_two_rows_per_layer_and_one_for_the_final_norm():
+    assert width_shape(SOURCE, "hidden") == (7, 8)
+    assert width_shape(SOURCE, "head_channels") == (3, 16)
     assert width_shape(SOURCE, "groups") == (3, 2)
 
 
@@ -81,7 +82,7 @@ def test_hidden_has_two_rows_per_layer():
     (with_tensor("layers.block_influence", np.array([0.1, np.nan, 0.2])), "1 of 3 NaN"),
     (with_tensor("layers.block_influence", np.array([0.1, np.inf, 0.2])), "infinite"),
     (with_tensor("layers.block_influence", np.zeros(4)), r"shape \(4,\)"),
-    (with_tensor("hidden.mean.sum", np.zeros((3, 8))), r"expected shape \(6, 8\)"),
+    (with_tensor("hidden.mean.sum", np.zeros((3, 8))), r"expected shape \(7, 8\)"),
     (with_tensor("layers.block_influence", np.zeros(3, np.float32)), "float32"),
     (with_tensor("ffn.median.sum", np.zeros((3, 10))), "ffn.median.sum"),
     (make_scores(num_samples=0), "at least one calibration sample"),
@@ -106,10 +107,10 @@ def test_nan_in_a_file_is_refused_on_load(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"schema_version": 2}, "expected schema_version 1; found 2"),
+    ({"schema_version": 1}, "expected schema_version 2; found 1"),
     ({"tensors_digest": "0"}, "do not belong together"),
     ({"source": {**SOURCE.to_dict(), "num_layers": 4}}, "does not fit the model"),
-    ({"source": {"family": "llama"}}, "fields of schema 1"),
+    ({"source": {"family": "llama"}}, "fields of schema 2"),
 ])
 def test_other_header_is_refused(tmp_path, change, message):
     make_scores().save(tmp_path)

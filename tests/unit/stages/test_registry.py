@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.config import Config, config_from_dict
+from nemo_minitron.compose import config_from_dict
+from nemo_minitron.config import Config
 from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.stages import registry
 from nemo_minitron.stages.context import Context

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import yaml
 
-from nemo_minitron.config import Config, conf_dir, config_from_dict, load_config
+from nemo_minitron.compose import conf_dir, config_from_dict, load_config
+from nemo_minitron.config import Config
 from nemo_minitron.errors import ConfigError
 
 GROUPS = sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().glob("*/*.yaml"))

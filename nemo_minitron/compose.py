@@ -1,0 +1,142 @@
+"""From YAML files and overrides to a checked `Config`.
+
+`load_config` composes `conf/config.yaml` with an experiment and overrides through Hydra's compose API and
+merges the result into the dataclasses of `config`: an unknown key or a wrong type is a `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import CONTROLS, LAYER_METRICS, STAGES, Config, OptimConfig
+from nemo_minitron.errors import ConfigError
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML files: beside the package in a checkout, inside it when installed as a wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "conf"
+    return beside if (beside / "config.yaml").exists() else package / "conf"
+
+
+def shipped_model(name: str) -> str:
+    """Path of a checkpoint that comes with the project (`${shipped:NAME}` in the YAML files)."""
+    return str(conf_dir().parent / "models" / name)
+
+
+def load_config(overrides: list[str]) -> Config:
+    """Compose `conf/config.yaml` with Hydra overrides such as `experiment=demo` or `parallel.tp=2`.
+
+    Raises:
+        ConfigError: for an unknown group, key or value, with Hydra's own first line of explanation.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _check_overrides(overrides)
+    OmegaConf.register_new_resolver("shipped", shipped_model, replace=True)
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            composed = OmegaConf.to_container(compose("config", overrides=overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError("the configuration cannot be composed", found=_first_lines(error)) from None
+    return config_from_dict(composed)
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Name the override that is at fault where Hydra would not: bad syntax, a group's member that does not exist."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            raise ConfigError("not an override", expected="key=value in Hydra's syntax", found=repr(text)) from None
+        name, group = override.key_or_group, conf_dir() / override.key_or_group
+        if not name:
+            raise ConfigError("not an override", expected="key=value", found=repr(text))
+        if group.is_dir() and not (group / f"{override.value()}.yaml").is_file():
+            known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+            raise ConfigError(f"unknown {name}", expected=known, found=repr(override.value()), key=name)
+
+
+def config_from_dict(data: Any) -> Config:
+    """Check plain data against the dataclasses above and return them; `ConfigError` says which key is wrong."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), data))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or ""
+        raise ConfigError("bad configuration", found=_first_lines(error), key=key) from None
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    for name, allowed in (("stages", STAGES), ("controls", CONTROLS)):
+        unknown = [value for value in getattr(config, name) if value not in allowed]
+        if unknown:
+            raise ConfigError(f"unknown entry in {name}", expected=", ".join(allowed), found=", ".join(unknown),
+                              key=name)
+    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed")),
+        ("importance.method", config.importance.method, ("activations", "magnitude", "random")),
+        ("importance.batch", config.importance.batch, ("mean", "l2", "var")),
+        ("importance.sequence", config.importance.sequence, ("mean", "l2", "var")),
+        ("importance.neurons", config.importance.neurons, ("post_activation", "pre_activation")),
+        ("importance.heads", config.importance.heads, ("channels", "tokens")),
+        ("importance.ranking", config.importance.ranking, ("per_layer", "summed")),
+        ("prune.layers.by", config.prune.layers.by, LAYER_METRICS),
+        ("train.precision", config.train.precision, ("32", "bf16-mixed")),
+    )
+    choices += tuple(("importance.depth.metrics", value, ("loss", "accuracy", "logit_mse"))
+                     for value in config.importance.depth.metrics)
+    choices += tuple(("importance.norms", value, ("input", "pre_mlp", "final")) for value in config.importance.norms)
+    for key, value, choice in choices:
+        if value not in choice:
+            raise ConfigError("bad value", expected=", ".join(choice), found=repr(value), key=key)
+    positive = {
+        "parallel": ("tp", "pp", "dp", "timeout_s"),
+        "data": ("seq_length",),
+        "importance": ("num_samples", "micro_batch_size", "iterations"),
+        "importance.depth": ("num_samples",),
+        "prune.divisors": ("hidden_size", "ffn_hidden_size"),
+        "train": ("global_batch_size", "micro_batch_size", "log_every_steps", "checkpoint_every_steps",
+                  "eval_samples", "chunk_tokens"),
+        "evaluate": ("micro_batch_size",),
+        "correct": ("tokens",),
+        "distill": ("tokens",),
+    }
+    for node, names in positive.items():
+        for name in names:
+            value = operator.attrgetter(f"{node}.{name}")(config)
+            if value < 1:
+                raise ConfigError("bad value", expected="a positive number", found=str(value), key=f"{node}.{name}")
+    not_negative = {
+        "optim": tuple(field.name for field in dataclasses.fields(OptimConfig)),
+        "train": ("eval_every_steps",),
+        "distill": ("kl_weight", "ce_weight"),
+    }
+    for node, names in not_negative.items():
+        for name in names:
+            value = getattr(getattr(config, node), name)
+            if not value >= 0:  # NaN is not
+                raise ConfigError("bad value", expected="zero or more", found=str(value), key=f"{node}.{name}")
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
+
+
+def _first_lines(error: Exception) -> str:
+    """The telling lines of a Hydra or OmegaConf message, without its object dump."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines[:3] if not line.startswith(("object_type", "full_key", "reference_type")))
