@@ -30,12 +30,20 @@ class Rope:
     scaling: RopeScaling | None = None
 
 
+NORMS = ("rmsnorm", "layernorm_1p")
+ACTIVATIONS = ("swiglu", "squared_relu")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArchSpec:
     """A model's shape.
 
     `head_dim` is explicit and is never changed by pruning, so `num_attention_heads * head_dim` may
-    differ from `hidden_size`. `vocab_size` is the unpadded number of embedding rows.
+    differ from `hidden_size`. `vocab_size` is the unpadded number of embedding rows. `rotary_fraction` is the part of
+    each head that is rotated, its first dims. norm: rmsnorm, or layernorm_1p (LayerNorm with a bias whose stored scale
+    is around zero). activation: swiglu (gated), or squared_relu. `qkv_bias`: biases on the query, key and value
+    projections; `qk_norm`: an RMS norm on each query and key head. `sliding_window`: tokens that some layers attend
+    to; None: all.
     """
 
     family: str
@@ -70,8 +78,14 @@ class ArchSpec:
                 expected="num_attention_heads to be a multiple of num_query_groups",
                 found=f"{self.num_attention_heads} heads and {self.num_query_groups} groups",
             )
-        if self.head_dim % 2:
-            raise ArchError("bad architecture", expected="an even head_dim (rotary pairs)", found=str(self.head_dim))
+        rotated = self.head_dim * self.rotary_fraction
+        if not 0 < self.rotary_fraction <= 1 or rotated % 2:
+            raise ArchError("bad architecture", expected="an even number of rotated dims of each head (rotary pairs)",
+                            found=f"head_dim {self.head_dim} * rotary fraction {self.rotary_fraction}")
+        for name, choices in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                raise ArchError("bad architecture", expected=f"{name} to be one of {', '.join(choices)}",
+                                found=repr(getattr(self, name)))
         return self
 
     @property
@@ -91,9 +105,13 @@ class ArchSpec:
     def num_non_embedding_parameters(self) -> int:
         """Parameters without both embedding matrices (the papers' "non-embedding")."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_query_groups)
+        if self.qkv_bias:
+            attention += self.head_dim * (self.num_attention_heads + 2 * self.num_query_groups)
+        if self.qk_norm:
+            attention += 2 * self.head_dim
         mlp = self.num_mlp_matrices * self.hidden_size * self.ffn_hidden_size
-        norms = 2 * self.hidden_size
-        return self.num_layers * (attention + mlp + norms) + self.hidden_size
+        norm = self.hidden_size * (2 if self.norm == "layernorm_1p" else 1)
+        return self.num_layers * (attention + mlp + 2 * norm) + norm
 
     def num_parameters(self) -> int:
         """All stored parameters; a tied embedding counts once."""

@@ -45,8 +45,9 @@ def write_random(arch: ArchSpec, directory: Path, *, tokenizer_directory: Path, 
     """Write a randomly initialised Hugging Face directory with the tokenizer of `tokenizer_directory`.
 
     Weights are normal with `std`, those of the projections onto the residual stream (o_proj, down_proj) with
-    std / sqrt(2 L) (GPT-2, section 2.3; Megatron's scaled initialisation), norms are one. Each tensor has a
-    generator of its own, seeded by `seed` and its name, so nothing depends on order or threads.
+    std / sqrt(2 L) (GPT-2, section 2.3; Megatron's scaled initialisation), norms multiply by one,
+    biases are zero. Each tensor has a generator of its own, seeded by `seed` and its name, so nothing depends on order
+    or threads.
     """
     partial = prepare_partial(directory)
     planned = hf_tensors_with_axes(arch)
@@ -73,7 +74,8 @@ def _write_random_tensor(writer: TensorWriter, tensor: HFTensor, arch: ArchSpec,
     for start in range(0, tensor.shape[0], block_rows):
         shape = (min(block_rows, tensor.shape[0] - start), *row_shape)
         if len(shape) == 1:
-            values = np.ones(shape, np.float32)
+            zero = tensor.name.endswith(".bias") or (arch.norm == "layernorm_1p" and tensor.axes == ("hidden",))
+            values = np.full(shape, 0.0 if zero else 1.0, np.float32)
         else:
             values = generator.standard_normal(shape, np.float32) * np.float32(std)
         writer.write_rows(tensor.name, start,

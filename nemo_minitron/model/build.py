@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
@@ -24,7 +25,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_minitron.arch import ArchSpec, Rope
 from nemo_minitron.checkpoint.load import load_shard
 from nemo_minitron.model.attention import CausalAttention
-from nemo_minitron.model.norm import RMSNorm
+from nemo_minitron.model.norm import LayerNorm1P, RMSNorm
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, device
 from nemo_minitron.parallel.layout import Layout
@@ -74,12 +75,17 @@ def transformer_config(arch: ArchSpec, layout: Layout, *, bf16: bool = False) ->
     """Megatron's configuration for `arch`; fusions that need CUDA kernels only where there is CUDA."""
     fused = transformer_engine_is_available()
     dtype = torch.bfloat16 if bf16 else torch.float32
+    zero_centred = arch.norm == "layernorm_1p"
+    stages = layout.stage_layers(arch.num_layers)
     return TransformerConfig(
         num_layers=arch.num_layers, hidden_size=arch.hidden_size, ffn_hidden_size=arch.ffn_hidden_size,
         num_attention_heads=arch.num_attention_heads, num_query_groups=arch.num_query_groups,
         kv_channels=arch.head_dim, gated_linear_unit=arch.activation == "swiglu",
-        activation_func=torch.nn.functional.silu, normalization="RMSNorm", layernorm_epsilon=arch.norm_eps,
+        activation_func=torch.nn.functional.silu if arch.activation == "swiglu" else squared_relu,
+        normalization="LayerNorm" if zero_centred else "RMSNorm", layernorm_zero_centered_gamma=zero_centred,
+        layernorm_epsilon=arch.norm_eps, add_qkv_bias=arch.qkv_bias, qk_layernorm=arch.qk_norm,
         add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
+        pipeline_model_parallel_layout=None if len(set(stages)) == 1 else _pipeline_layout(stages),
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=bf16,
@@ -87,6 +93,14 @@ def transformer_config(arch: ArchSpec, layout: Layout, *, bf16: bool = False) ->
         bias_activation_fusion=fused, bias_dropout_fusion=fused, apply_rope_fusion=fused, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, persist_layer_norm=fused,
     )
+
+
+def _pipeline_layout(stage_layers: tuple[int, ...]) -> list[list[str]]:
+    """What Megatron builds on each stage, where stages differ in length."""
+    stages = [["decoder"] * count for count in stage_layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def build_model(arch: ArchSpec, config: TransformerConfig, *, unfused_norms: bool = False) -> HiddenStateGPT:
@@ -105,11 +119,12 @@ def build_model(arch: ArchSpec, config: TransformerConfig, *, unfused_norms: boo
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         share_embeddings_and_output_weights=arch.tied_embeddings,
-        position_embedding_type="rope", rotary_percent=1.0, rotary_base=arch.rope.theta,
+        position_embedding_type="rope", rotary_percent=arch.rotary_fraction, rotary_base=arch.rope.theta,
     )
     model.arch = arch
     _mark_sharded_weights(model)
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(arch.rope, arch.head_dim).to(device())
+    rotated_dims = int(arch.head_dim * arch.rotary_fraction)
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(arch.rope, rotated_dims).to(device())
     return model.to(device())
 
 
@@ -121,14 +136,14 @@ def load_model(arch: ArchSpec, path: Path, config: TransformerConfig, *, unfused
     return model
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """Angular frequencies of the rotary pairs, fp32 `[head_dim / 2]`, in radians a position.
+def inverse_frequencies(rope: Rope, rotated_dims: int) -> torch.Tensor:
+    """Angular frequencies of the rotary pairs, fp32 `[rotated_dims / 2]`, in radians a position.
 
     Our own because Megatron hard-codes three of Llama-3's four scaling numbers. With scaling, wavelengths
     longer than `original_max / low_freq_factor` are stretched by `factor`, those shorter than
     `original_max / high_freq_factor` are kept, and those between are interpolated (Llama 3.1 model code).
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponents = torch.arange(0, rotated_dims, 2, dtype=torch.float32) / rotated_dims
     frequencies = 1.0 / rope.theta**exponents
     if rope.scaling is None:
         return frequencies
@@ -141,7 +156,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
 
 
 def _mark_sharded_weights(model: HiddenStateGPT) -> None:
-    """Say which weights are sharded over TP: Megatron does so only when it also initialises them.
+    """Say which weights are sharded over TP: Megatron does so only when it also initialises them (biases it marks).
 
     The gradient norm, and with it clipping, counts a weight without this mark on TP rank 0 alone, as a replica.
     Transformer Engine's layers mark their own.
@@ -156,18 +171,22 @@ def _mark_sharded_weights(model: HiddenStateGPT) -> None:
 def _layer_spec(config: TransformerConfig, *, unfused_norms: bool) -> Any:
     if transformer_engine_is_available():
         return _transformer_engine_spec(config, unfused_norms=unfused_norms)
+    norm = LayerNorm1P if config.layernorm_zero_centered_gamma else RMSNorm
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def _transformer_engine_spec(config: TransformerConfig, *, unfused_norms: bool) -> Any:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     if unfused_norms:
         submodules = dataclasses.replace(layer.submodules, input_layernorm=TENorm, pre_mlp_layernorm=TENorm)
         submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear

@@ -1,4 +1,4 @@
-"""RMSNorm for where Transformer Engine is not: a Megatron spec module that knows sequence parallelism."""
+"""Norms for where Transformer Engine is not: Megatron spec modules that know sequence parallelism."""
 
 from __future__ import annotations
 
@@ -25,3 +25,23 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise `hidden` `[S, B, H]` (`[S/tp, B, H]` with sequence parallelism)."""
         return torch.nn.functional.rms_norm(hidden, (hidden.size(-1),), self.weight, self.eps)
+
+
+class LayerNorm1P(torch.nn.Module):
+    """LayerNorm over the last dim with a bias; the stored scale is around zero, what multiplies is scale + 1.
+
+    Sequence parallelism as in `RMSNorm`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        """Take what Megatron's spec builder passes; everything else it passes is for other norms."""
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise `hidden` `[S, B, H]` (`[S/tp, B, H]` with sequence parallelism)."""
+        return torch.nn.functional.layer_norm(hidden, (hidden.size(-1),), self.weight + 1, self.bias, self.eps)

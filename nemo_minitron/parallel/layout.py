@@ -30,14 +30,18 @@ class Layout:
                 raise LayoutError(f"tensor parallelism does not fit the {name}",
                                   expected=f"{size} {what} to be a multiple of tp", found=f"tp={self.tp}",
                                   key="parallel.tp")
-        if arch.num_layers % self.pp:
-            raise LayoutError(f"pipeline parallelism does not fit the {name}",
-                              expected=f"{arch.num_layers} layers to be a multiple of pp", found=f"pp={self.pp}",
-                              key="parallel.pp")
+        if arch.num_layers < self.pp:
+            raise LayoutError(f"pipeline parallelism does not fit the {name}", found=f"pp={self.pp}",
+                              expected=f"at most {arch.num_layers} stages, one for each layer", key="parallel.pp")
         if self.sequence_parallel and seq_length is not None and seq_length % self.tp:
             raise LayoutError("sequence parallelism does not fit the data",
                               expected=f"{seq_length} tokens a sample to be a multiple of tp", found=f"tp={self.tp}",
                               key="data.seq_length")
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers on each pipeline stage: as even as can be, the first stages have one more."""
+        even, more = divmod(num_layers, self.pp)
+        return tuple(even + (stage < more) for stage in range(self.pp))
 
     def check_world(self, world_size: int) -> None:
         """Raise `LayoutError` unless the running processes are as many as the layout asks for."""

@@ -102,6 +102,10 @@ class Context:
             raise ConfigError("samples are longer than the model's context",
                               expected=f"at most {arch.max_position_embeddings} tokens", found=str(seq_length),
                               key="data.seq_length")
+        if arch.sliding_window is not None and seq_length > arch.sliding_window:
+            raise ConfigError("samples are longer than the sliding window that the model attends to",
+                              expected=f"at most {arch.sliding_window} tokens", found=str(seq_length),
+                              key="data.seq_length")
 
     def say(self, text: str) -> None:
         """Print on rank 0."""

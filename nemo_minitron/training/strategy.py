@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo import lightning as nl
 from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins.data_sampler import DataSampler
@@ -89,11 +90,13 @@ class Strategy(nl.MegatronStrategy):
     NeMo's own way there imports `nemo.collections.llm`, asserts CUDA and builds a CUDA device mesh.
     """
 
-    def __init__(self, layout: Layout, *, sampler: StepSampler, bf16: bool, distributed_optimizer: bool) -> None:
-        """`layout` must be the one whose groups are formed."""
+    def __init__(self, layout: Layout, *, config: TransformerConfig, sampler: StepSampler, bf16: bool,
+                 distributed_optimizer: bool) -> None:
+        """`layout` must be the one whose groups are formed; `config` is the model's."""
         super().__init__(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            pipeline_model_parallel_layout=config.pipeline_model_parallel_layout,  # it overwrites the model's own
             sequence_parallel=layout.sequence_parallel and layout.tp > 1,
             pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
             data_sampler=sampler,

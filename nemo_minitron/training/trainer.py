@@ -77,7 +77,8 @@ def fit(
     trainer = nl.Trainer(
         accelerator="gpu" if cuda_is_available() else "cpu",
         devices=layout.world_size,
-        strategy=Strategy(layout, sampler=sampler, bf16=bf16, distributed_optimizer=distributed_optimizer),
+        strategy=Strategy(layout, config=module.config, sampler=sampler, bf16=bf16,
+                          distributed_optimizer=distributed_optimizer),
         plugins=nl.MegatronMixedPrecision(precision=train.precision, grad_reduce_in_fp32=True),
         max_steps=steps,
         limit_val_batches=0,

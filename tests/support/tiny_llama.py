@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer, a tiny stream of tokens, and the parallel layouts to try them under.
+"""Tiny models of every family with a tokenizer, a tiny stream of tokens, and the parallel layouts to try them under.
 
 Nothing here divides conveniently: the vocabulary is no multiple of 2, the heads are not hidden / head_dim, the
 last sample is partial, the norms are not one.
@@ -26,6 +26,14 @@ LARGE_THETA = dataclasses.replace(UNTIED, rope=Rope(theta=500000.0))
 SCALED_ROPE = dataclasses.replace(TIED, rope=Rope(theta=10000.0, scaling=RopeScaling(
     factor=5.0, low_freq_factor=0.5, high_freq_factor=3.0, original_max_position_embeddings=32)))
 
+UNEVEN = dataclasses.replace(UNTIED, num_layers=3)  # no multiple of two pipeline stages
+MISTRAL = dataclasses.replace(UNTIED, family="mistral", sliding_window=48)
+QWEN2 = dataclasses.replace(UNTIED, family="qwen2", qkv_bias=True, tied_embeddings=True)
+QWEN3 = dataclasses.replace(UNTIED, family="qwen3", qk_norm=True)
+NEMOTRON = dataclasses.replace(UNTIED, family="nemotron", norm="layernorm_1p", activation="squared_relu",
+                               rotary_fraction=0.5, num_layers=3)
+FAMILIES = {"mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "nemotron": NEMOTRON}
+
 LAYOUTS = {
     "1x1": Layout(),
     "tp2": Layout(tp=2),
@@ -46,7 +54,7 @@ def write_model(arch, directory, *, seed=1):
     for path in directory.glob("*.safetensors"):
         tensors = safetensors.torch.load_file(path)
         for name, tensor in tensors.items():
-            if "norm" in name:
+            if "norm" in name or name.endswith(".bias"):
                 tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     return directory

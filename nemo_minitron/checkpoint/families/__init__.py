@@ -14,14 +14,14 @@ from typing import Any
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import read_json
 from nemo_minitron.checkpoint.directory import copy_tokenizer_files
-from nemo_minitron.checkpoint.families import llama
+from nemo_minitron.checkpoint.families import llama, mistral, nemotron, qwen2, qwen3
 from nemo_minitron.checkpoint.families.table import LAYER, HFTensor, Transform
 from nemo_minitron.errors import ArchError, CheckpointError
 
 __all__ = ["FAMILIES", "HFTensor", "ParameterSource", "copy_tokenizer_files", "head_tensor", "hf_config",
            "hf_tensors", "hf_tensors_with_axes", "parameter_source", "read_arch", "tensor_axes"]
 
-FAMILIES = {family.model_type: family for family in (llama.FAMILY,)}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, nemotron, qwen2, qwen3)}
 
 
 def read_arch(directory: Path) -> ArchSpec:
@@ -61,7 +61,8 @@ def hf_tensors_with_axes(arch: ArchSpec) -> list[HFTensor]:
     """All stored Hugging Face tensors of the model, in file order; a tied LM head is not stored."""
     family = FAMILIES[arch.family]
     sizes = {"hidden": arch.hidden_size, "ffn": arch.ffn_hidden_size, "vocab": arch.vocab_size,
-             "heads": arch.num_attention_heads * arch.head_dim, "groups": arch.num_query_groups * arch.head_dim}
+             "heads": arch.num_attention_heads * arch.head_dim, "groups": arch.num_query_groups * arch.head_dim,
+             "head_dim": arch.head_dim}
 
     def tensor(name: str, axes: tuple[str | None, ...], layer: int | None) -> HFTensor:
         shape = tuple(sizes[axis] for axis in axes if axis is not None)

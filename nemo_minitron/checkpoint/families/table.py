@@ -27,7 +27,8 @@ LAYER = "{i}"
 class HFTensor:
     """A Hugging Face tensor: global `shape`, its `layer` (None outside the layers) and the axis of each dim.
 
-    Axes are `hidden`, `ffn`, `heads`, `groups`, `vocab`. A `heads` (`groups`) dim is num * head_dim long, head by head.
+    Axes are `hidden`, `ffn`, `heads`, `groups`, `vocab`, `head_dim`. A `heads` (`groups`) dim is num * head_dim long,
+    head by head.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Direct:
 
 @dataclasses.dataclass(frozen=True)
 class QKV:
-    """Megatron's fused attention input `[(N + 2 G) D / tp, H]` from q `[N D, H]`, k and v `[G D, H]`.
+    """Megatron's fused attention input `[(N + 2 G) D / tp, H]` from q `[N D, H]`, k and v `[G D, H]`; biases likewise.
 
     Rows go group by group: the group's query heads, its key head, its value head. Groups are sharded over TP
     in contiguous parts (megatron-core `SelfAttention.get_query_key_value_tensors`, read at 0.15.3).
@@ -92,17 +93,17 @@ class QKV:
         for tensor in tensors:
             group_rows = tensor.shape[0] // arch.num_query_groups
             rows = fetch(tensor.name, rows=slice(groups.start * group_rows, groups.stop * group_rows))
-            parts.append(rows.reshape(num_groups, group_rows, -1))
+            parts.append(rows.reshape(num_groups, group_rows, *tensor.shape[1:]))
         fused: NDArray[Any] = np.concatenate(parts, axis=1)
-        return fused.reshape(-1, fused.shape[-1])
+        return fused.reshape(-1, *fused.shape[2:])
 
     def merge(self, shards: Sequence[NDArray[Any]], arch: ArchSpec) -> list[NDArray[Any]]:
         """See `Transform`."""
-        width = shards[0].shape[1]
-        fused = np.concatenate(shards).reshape(arch.num_query_groups, -1, width)
+        width = shards[0].shape[1:]
+        fused = np.concatenate(shards).reshape(arch.num_query_groups, -1, *width)
         query_rows = arch.heads_per_group * arch.head_dim
         parts = np.split(fused, [query_rows, query_rows + arch.head_dim], axis=1)
-        return [part.reshape(-1, width) for part in parts]
+        return [part.reshape(-1, *width) for part in parts]
 
 
 @dataclasses.dataclass(frozen=True)

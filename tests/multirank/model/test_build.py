@@ -8,12 +8,24 @@ import pytest
 import torch
 import transformers
 
+from nemo_minitron.checkpoint.families import read_arch
 from tests.support.checkpoints import read_llama
-from tests.support.tiny_llama import LARGE_THETA, LAYOUTS, SCALED_ROPE, TIED, UNTIED, formed, write_model
+from tests.support.tiny_llama import (
+    FAMILIES,
+    LARGE_THETA,
+    LAYOUTS,
+    SCALED_ROPE,
+    TIED,
+    UNEVEN,
+    UNTIED,
+    formed,
+    write_model,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 STORIES = Path(os.environ.get("MINITRON_SHARED", ROOT.parent / "shared" / "data")) / "stories260K-hf"
-MODELS = {"tied": TIED, "untied": UNTIED, "large theta": LARGE_THETA, "scaled rope": SCALED_ROPE}
+MODELS = {"tied": TIED, "untied": UNTIED, "large theta": LARGE_THETA, "scaled rope": SCALED_ROPE,
+          "uneven": UNEVEN, **FAMILIES}
 NUM_MICROBATCHES, BATCH = 2, 2
 
 
@@ -51,7 +63,8 @@ def logits_and_round_trip(rank, world_size, *, path, layout, tokens, out):
 
 
 def check(rank_pool, path, layout, out, *, num_tokens):
-    model = transformers.LlamaForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    assert model.num_parameters() == read_arch(path).num_parameters()
     vocab_size = model.config.vocab_size
     tokens = torch.randint(vocab_size, (NUM_MICROBATCHES * BATCH, num_tokens))
     out.mkdir()
@@ -64,6 +77,7 @@ def check(rank_pool, path, layout, out, *, num_tokens):
     saved, loaded = read_llama(out / "checkpoint"), read_llama(path)
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in loaded.items())
+    assert read_arch(out / "checkpoint") == read_arch(path)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,25 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import read_llama
-from tests.support.tiny_llama import LAYOUTS, SEQ_LENGTH, TIED, UNTIED, formed, open_samples, write_model, write_tokens
+from tests.support.tiny_llama import (
+    LAYOUTS,
+    NEMOTRON,
+    QWEN2,
+    QWEN3,
+    SEQ_LENGTH,
+    TIED,
+    UNEVEN,
+    UNTIED,
+    formed,
+    open_samples,
+    write_model,
+    write_tokens,
+)
 
 STEPS, GLOBAL_BATCH = 6, 8
 RESUME_AT, INTERRUPT_AT = 3, 4
 TEACHER = dataclasses.replace(UNTIED, num_layers=2, hidden_size=48, ffn_hidden_size=80)
+STUDENTS = {"tied": TIED, "untied": UNTIED, "uneven": UNEVEN, "qwen2": QWEN2, "qwen3": QWEN3, "nemotron": NEMOTRON}
 TOLERANCE = 1e-5
 
 
@@ -92,7 +106,7 @@ def files(tmp_path_factory):
     return {
         "directory": directory, "tokens": str(write_tokens(directory / "tokens")),
         "teacher": str(write_model(TEACHER, directory / "teacher", seed=2)),
-        "tied": str(write_model(TIED, directory / "tied")), "untied": str(write_model(UNTIED, directory / "untied")),
+        **{name: str(write_model(arch, directory / name)) for name, arch in STUDENTS.items()},
     }
 
 
@@ -160,6 +174,7 @@ def test_the_reference_learns(files, trained):
 @pytest.mark.parametrize("kind", ["ce", "kd"])
 @pytest.mark.parametrize(("layout", "name"), [
     ("tp2", "tied"), ("pp2", "tied"), ("tp2 sp", "tied"), ("dp2", "tied"), ("tp2 pp2", "tied"), ("tp2 pp2", "untied"),
+    ("pp2", "uneven"), ("tp2", "qwen2"), ("tp2", "qwen3"), ("tp2 sp", "qwen3"), ("tp2 sp", "nemotron"),
 ])
 def test_every_layout_trains_alike(trained, layout, name, kind):
     out, _ = trained(layout, name)

@@ -1,0 +1,88 @@
+"""Every family: its config.json and tensors are those of `transformers`, read and written."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from nemo_minitron.checkpoint.families import FAMILIES, hf_config, hf_tensors, parameter_source, read_arch, tensor_axes
+from nemo_minitron.checkpoint.tensors import TensorReader
+from nemo_minitron.errors import ArchError
+
+CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
+           "qwen3": transformers.Qwen3Config, "nemotron": transformers.NemotronConfig}
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 50, "head_dim": 12}
+REQUIRED = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                                        "num_attention_heads", "vocab_size")} | {"hidden_size": 1024,
+                                                                                 "num_attention_heads": 8}
+
+
+def test_every_family_is_tested():
+    assert CONFIGS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_defaults_are_those_of_transformers(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **REQUIRED}))
+    arch = read_arch(tmp_path)
+    config = CONFIGS[family](**REQUIRED)
+    assert arch.num_query_groups == config.num_key_value_heads
+    assert arch.head_dim == (getattr(config, "head_dim", None) or 1024 // 8)
+    assert arch.max_position_embeddings == config.max_position_embeddings
+    assert arch.norm_eps == getattr(config, "rms_norm_eps", getattr(config, "norm_eps", None))
+    assert arch.rope.theta == config.rope_theta
+    assert arch.rotary_fraction == getattr(config, "partial_rotary_factor", 1.0)
+    assert arch.sliding_window == getattr(config, "sliding_window", None)
+    assert arch.tied_embeddings == config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tensors_and_their_number_are_those_of_transformers(tmp_path, family, tied):
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES, tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path)
+    arch = read_arch(tmp_path)
+    with TensorReader(tmp_path) as reader:
+        assert {name: tuple(reader.shape(name)) for name in reader.names} == dict(hf_tensors(arch))
+    assert arch.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_is_written_is_read_again_by_us_and_by_transformers(tmp_path, family):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES, "rope_theta": 5000.0,
+                                                      "sliding_window": 32, "use_sliding_window": True}))
+    arch = read_arch(tmp_path)
+    written = hf_config(arch, {"bos_token_id": 7})
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_arch(tmp_path) == arch
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is CONFIGS[family]
+    assert (config.head_dim, config.bos_token_id, config.rope_theta) == (12, 7, 5000.0)
+    with torch.device("meta"):
+        (name,) = config.architectures
+        assert getattr(transformers, name)(config).num_parameters() == arch.num_parameters()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_tensor_goes_into_exactly_one_megatron_parameter(family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES}))
+    arch = read_arch(tmp_path)
+    rows = FAMILIES[family].parameters
+    for which in (0, -1):  # local names, then those of Transformer Engine
+        sources = [parameter_source(arch, row.megatron[which].replace("{i}", str(layer)), 0)
+                   for row in rows for layer in (range(arch.num_layers) if "{i}" in row.megatron[which] else (0,))]
+        names = [name for source in sources for name in source.hf]
+        assert sorted(names) == sorted(tensor_axes(arch))
+
+
+@pytest.mark.parametrize(("family", "key", "value"), [
+    ("llama", "attention_bias", True), ("llama", "hidden_act", "gelu"), ("qwen3", "attention_bias", True),
+    ("nemotron", "hidden_act", "silu"), ("nemotron", "mlp_bias", True), ("mistral", "hidden_act", "gelu"),
+    ("qwen2", "rope_scaling", {"type": "yarn", "factor": 4.0}), ("nemotron", "partial_rotary_factor", 0.3),
+])
+def test_what_cannot_be_built_is_refused(tmp_path, family, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES, key: value}))
+    with pytest.raises(ArchError, match="expected"):
+        read_arch(tmp_path)
