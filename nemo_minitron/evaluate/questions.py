@@ -37,22 +37,29 @@ def read_questions(path: Path) -> list[Question]:
     """The questions of a task file.
 
     Raises:
-        DataError: no file, no JSON, or a row of another form; names the row, counted from 1.
+        DataError: no file, no JSON, or a row of another form; names the row of a list, or the line, from 1.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("the task file cannot be read", expected=f"a JSON file at {path}", found=str(error),
                         key=KEY) from None
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else \
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise DataError("the task file is not JSON", expected=f"a JSON list or JSON lines in {path}",
-                        found=str(error), key=KEY) from None
+    if text.lstrip().startswith("["):
+        rows = {f"row {number} of {path}": row for number, row in enumerate(_parsed(text, str(path)), 1)}
+    else:  # not splitlines(): JSON texts may hold U+2028 and its like as they are
+        rows = {where: _parsed(line, where) for where, line in
+                ((f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), 1)) if line.strip()}
     if not rows:
         raise DataError("the task file is empty", expected=f"questions in {path}", found="none", key=KEY)
-    return [_question(row, f"row {number} of {path}") for number, row in enumerate(rows, 1)]
+    return [_question(row, where) for where, row in rows.items()]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError("the task file is not JSON", expected=f"a JSON list or JSON lines in {where}",
+                        found=str(error), key=KEY) from None
 
 
 def _question(row: Any, where: str) -> Question:

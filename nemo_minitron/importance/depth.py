@@ -16,8 +16,9 @@ Shape letters: S sequence, B micro-batch, H hidden, T tokens, L layers, v local 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +29,19 @@ from megatron.core import parallel_state
 from nemo_minitron.data.batch import Batch, TokenSamples
 from nemo_minitron.distill.terms import METERS, loss_terms, tokens_first
 from nemo_minitron.evaluate.choices import Option, option_batch
+from nemo_minitron.evaluate.likelihood import row_nats
 from nemo_minitron.evaluate.loss import padded_batch
 from nemo_minitron.evaluate.questions import Question, accuracy
-from nemo_minitron.importance.prefix import sweep_prefixes
-from nemo_minitron.importance.scores import REMOVAL_ORDER
+from nemo_minitron.importance.prefix import Dropped, Measure, Progress, sweep_prefixes
+from nemo_minitron.importance.scores import DEPTH_METRICS, REMOVAL_ORDER
 from nemo_minitron.model.build import HiddenStateGPT
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import device
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.parallel.schedule import forward_only
 
-Dropped = tuple[int, ...]
-Measure = Callable[[torch.Tensor, Batch, torch.Tensor | None], torch.Tensor]
-"""(final hidden state, batch, the whole model's final hidden state) -> numbers, fp64 `[n]`; on the last stage."""
+RATIOS = {"loss": (0, 1), "logit_mse": (2, 3)}
+"""Which of `_Scan.sums` is over which."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,32 +75,40 @@ def scan_depth(model: HiddenStateGPT, samples: TokenSamples, sample_ids: npt.NDA
         chunk_tokens: tokens whose logits exist at a time.
         say: prints a line of progress.
     """
+    assert set(metrics) <= set(DEPTH_METRICS) and ("accuracy" not in metrics or questions)
+    assert not metrics or all(1 <= length < model.arch.num_layers for length in block_lengths)
+    assert len(options) == sum(len(question.options) for question in questions)
     scan = _Scan(model, layout, chunk_tokens, say)
     tensors: dict[str, npt.NDArray[np.float64]] = {}
-    blocks = {length: [tuple(range(start, start + length)) for start in range(model.arch.num_layers - length + 1)]
-              for length in block_lengths}
-    candidates = [(), *(block for group in blocks.values() for block in group)]
-    of_samples = [metric for metric in ("loss", "logit_mse") if metric in metrics]
+    blocks: dict[int, list[Dropped]] = {0: [()]}
+    blocks |= {length: [tuple(range(start, start + length)) for start in range(model.arch.num_layers - length + 1)]
+               for length in block_lengths}
+    batches = _turns(samples, sample_ids, micro_batch_size, layout)
+    of_samples = [metric for metric in RATIOS if metric in metrics]
     if of_samples:
-        batches = _turns(samples, sample_ids, micro_batch_size, layout)
-        sums = scan.sums(batches, candidates, scan.losses_and_errors if "logit_mse" in metrics else scan.losses)
-        values = {"loss": sums[:, 0] / sums[:, 1], "logit_mse": sums[:, 2] / sums[:, 3]}
+        measured = blocks if "loss" in metrics else {length: blocks[length] for length in block_lengths}
+        sums = scan.sums(batches, _flat(measured), of_samples)
         for metric in of_samples:
-            _store(tensors, metric, values[metric], blocks)
+            above, below = RATIOS[metric]
+            _store(tensors, metric, sums[:, above] / sums[:, below], measured)
     if "accuracy" in metrics:
-        nats = scan.option_nats(options, candidates, micro_batch_size)
+        nats = scan.option_nats(options, _flat(blocks), micro_batch_size)
         _store(tensors, "accuracy", np.array([accuracy(questions, row) for row in nats]), blocks)
     if iterative:
-        tensors[REMOVAL_ORDER] = scan.removal_order(_turns(samples, sample_ids, micro_batch_size, layout))
+        tensors[REMOVAL_ORDER] = scan.removal_order(batches)
     tensors.pop("layers.logit_mse.0", None)
     return DepthScan(tensors=tensors, layer_forwards=scan.layer_forwards,
                      naive_layer_forwards=scan.naive_layer_forwards)
 
 
+def _flat(blocks: dict[int, list[Dropped]]) -> list[Dropped]:
+    return [block for group in blocks.values() for block in group]
+
+
 def _store(tensors: dict[str, npt.NDArray[np.float64]], metric: str, values: npt.NDArray[np.float64],
            blocks: dict[int, list[Dropped]]) -> None:
-    """Cut `values` (the whole model's, then those of all blocks) into one tensor a block length."""
-    tensors[f"layers.{metric}.0"], first = values[:1], 1
+    """Cut `values`, in the order of `blocks`, into one tensor a block length."""
+    first = 0
     for length, group in blocks.items():
         tensors[f"layers.{metric}.{length}"] = values[first : first + len(group)]
         first += len(group)
@@ -119,10 +128,13 @@ class _Scan:
         self.model, self.layout, self.chunk_tokens, self.say = model, layout, chunk_tokens, say
         self.layer_forwards = self.naive_layer_forwards = 0
 
-    def sums(self, batches: list[Batch], candidates: list[Dropped], measure: Measure, *,
+    def sums(self, batches: list[Batch], candidates: list[Dropped], metrics: Collection[str], *,
              base: Dropped = ()) -> npt.NDArray[np.float64]:
-        """What `measure` gives for each candidate, summed over the micro-batches of all replicas: [candidates, n]."""
-        rows = self._run(batches, candidates, measure, base)
+        """Sums over all replicas' micro-batches for each candidate, zero where not in `metrics`: [candidates, 4].
+
+        Cross-entropy in nats, and its tokens; squared differences from the whole model's logits, and its squares.
+        """
+        rows = self._run(batches, candidates, partial(self._sums_of_batch, metrics), base, "logit_mse" in metrics)
         total = torch.stack([torch.stack(row).sum(0) for row in rows]) if rows[0] \
             else torch.zeros(len(candidates), 4, dtype=torch.float64)
         found: npt.NDArray[np.float64] = groups.sum_over_replicas_from_last_stage(total.to(device())).cpu().numpy()
@@ -136,7 +148,7 @@ class _Scan:
         turns = -(-len(options) // (size * self.layout.dp))
         starts = [(turn * self.layout.dp + groups.dp_rank()) * size for turn in range(turns)]
         batches = [option_batch(options[start : start + size], size, length) for start in starts]
-        rows = self._run(batches, candidates, self.nats_of_rows, ())
+        rows = self._run(batches, candidates, self._nats_of_batch, (), False)
         nats = torch.zeros(len(candidates), turns * size * self.layout.dp, dtype=torch.float64)
         for candidate, of_batches in enumerate(rows):
             for start, of_rows in zip(starts, of_batches):  # noqa: B905 - empty but on the last stage
@@ -151,68 +163,69 @@ class _Scan:
         while len(order) < num_layers - 1:
             left = [layer for layer in range(num_layers) if layer not in order]
             candidates = [tuple(sorted((*order, layer))) for layer in left]
-            sums = self.sums(batches, candidates, self.losses_and_errors, base=tuple(sorted(order)))
+            sums = self.sums(batches, candidates, ("logit_mse",), base=tuple(sorted(order)))
             order.append(left[int(np.argmin(sums[:, 2] / sums[:, 3]))])
             self.say(f"[score] {len(order)}/{num_layers - 1} layers removed, last layer {order[-1]}")
         positions = np.full(num_layers, num_layers - 1.0)
         positions[order] = np.arange(len(order))
         return positions
 
-    def _run(self, batches: list[Batch], candidates: list[Dropped], measure: Measure,
-             base: Dropped) -> list[list[torch.Tensor]]:
-        """Per candidate and micro-batch what `measure` gives; empty lists but on the last stage."""
+    def _run(self, batches: list[Batch], candidates: list[Dropped], measure: Measure, base: Dropped,
+             reference: bool) -> list[list[torch.Tensor]]:
+        """Per candidate and micro-batch what `measure` gives; empty lists but on the last stage.
+
+        `reference`: whether `measure` needs the whole model's final hidden state.
+        """
         num_layers = self.model.arch.num_layers
-        reference = measure == self.losses_and_errors
         self.naive_layer_forwards += self.layout.dp * len(batches) * (
-            sum(num_layers - len(dropped) for dropped in candidates) + (num_layers if () not in candidates else 0))
+            sum(num_layers - len(dropped) for dropped in candidates)
+            + (num_layers if reference and () not in candidates else 0))
+        progress = Progress(len(candidates), len(batches), self.say)
         if self.layout.pp == 1:
             rows, forwards = sweep_prefixes(self.model, (batch.to(device()) for batch in batches), candidates, measure,
-                                            base=base, reference=reference, num_batches=len(batches), say=self.say)
+                                            base=base, reference=reference, progress=progress)
         else:
-            rows, forwards = self._whole_passes(batches, candidates, measure, reference)
+            rows, forwards = self._whole_passes(batches, candidates, measure, reference, progress)
         self.layer_forwards += self.layout.dp * forwards
         return rows
 
-    def _whole_passes(self, batches: list[Batch], candidates: list[Dropped], measure: Measure,
-                      reference: bool) -> tuple[list[list[torch.Tensor]], int]:
+    def _whole_passes(self, batches: list[Batch], candidates: list[Dropped], measure: Measure, reference: bool,
+                      progress: Progress) -> tuple[list[list[torch.Tensor]], int]:
         """One pass through the pipeline for each candidate, in which its layers pass their input on."""
-        whole: list[torch.Tensor] = []
-        if reference:
-            whole = forward_only(self.model, (batch.to(device()) for batch in batches), num_microbatches=len(batches),
-                                 consume=lambda hidden, batch: hidden)
-        forwards = len(batches) * self.model.arch.num_layers if reference else 0
-        rows = []
-        for number, dropped in enumerate(candidates, 1):
-            with _left_out(self.model, dropped):
-                rows.append(forward_only(self.model, (batch.to(device()) for batch in batches),
-                                         num_microbatches=len(batches), consume=_with_whole(measure, whole)))
+        forwards = 0
+
+        def each(dropped: Dropped, consume: Callable[[torch.Tensor, Batch], torch.Tensor]) -> list[torch.Tensor]:
+            nonlocal forwards
             forwards += len(batches) * (self.model.arch.num_layers - len(dropped))
-            if number % 10 == 0 or number == len(candidates):
-                self.say(f"[score] {number}/{len(candidates)} models without layers measured")
+            with _left_out(self.model, dropped):
+                return forward_only(self.model, (batch.to(device()) for batch in batches),
+                                    num_microbatches=len(batches), consume=consume)
+
+        whole = each((), lambda hidden, batch: hidden) if reference else []  # empty but on the last stage
+        rows = []
+        for dropped in candidates:
+            if reference and not dropped:
+                with torch.no_grad():
+                    rows.append([measure(hidden, batch.to(device()), hidden)
+                                 for hidden, batch in zip(whole, batches, strict=False)])
+            else:
+                rows.append(each(dropped, _with_whole(measure, whole)))
+            progress.add(len(batches))
         return rows, forwards
 
-    def losses(self, hidden: torch.Tensor, batch: Batch, whole: torch.Tensor | None) -> torch.Tensor:
-        """Cross-entropy in nats, and its tokens; two zeros."""
-        sums = loss_terms(self.model, hidden, batch, chunk_tokens=self.chunk_tokens).sums
-        none = torch.zeros_like(sums[0])
-        return torch.stack([sums[METERS.index("ce")], sums[METERS.index("tokens")], none, none])
+    def _sums_of_batch(self, metrics: Collection[str], hidden: torch.Tensor, batch: Batch,
+                       whole: torch.Tensor | None) -> torch.Tensor:
+        sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
+        if "loss" in metrics:
+            terms = loss_terms(self.model, hidden, batch, chunk_tokens=self.chunk_tokens)
+            sums[0], sums[1] = terms.sums[METERS.index("ce")], terms.sums[METERS.index("tokens")]
+        if "logit_mse" in metrics:
+            assert whole is not None
+            sums[2:] = logit_errors(self.model, hidden, whole, batch, chunk_tokens=self.chunk_tokens)
+        return sums
 
-    def losses_and_errors(self, hidden: torch.Tensor, batch: Batch, whole: torch.Tensor | None) -> torch.Tensor:
-        """`losses`, and sums of squared differences of the logits and of the whole model's logits' squares."""
-        assert whole is not None
-        values = self.losses(hidden, batch, whole)
-        values[2:] = logit_errors(self.model, hidden, whole, batch, chunk_tokens=self.chunk_tokens)
-        return values
-
-    def nats_of_rows(self, hidden: torch.Tensor, batch: Batch, whole: torch.Tensor | None) -> torch.Tensor:
-        """Nats of each row's unmasked tokens, `[B]`."""
-        rows = []
-        for row in range(batch.tokens.size(0)):
-            part = Batch(**{field.name: getattr(batch, field.name)[row : row + 1]
-                            for field in dataclasses.fields(batch)})
-            terms = loss_terms(self.model, hidden[:, row : row + 1], part, chunk_tokens=self.chunk_tokens)
-            rows.append(terms.sums[METERS.index("ce")])
-        return torch.stack(rows)
+    def _nats_of_batch(self, hidden: torch.Tensor, batch: Batch, whole: torch.Tensor | None) -> torch.Tensor:
+        return row_nats(self.model, hidden, batch, chunk_tokens=self.chunk_tokens)
 
 
 def logit_errors(model: HiddenStateGPT, hidden: torch.Tensor, whole: torch.Tensor, batch: Batch, *,

@@ -12,42 +12,65 @@ from nemo_minitron.data.batch import Batch
 from nemo_minitron.model.build import HiddenStateGPT
 
 Dropped = tuple[int, ...]
+"""Layers that are left out, ascending, counted from 0 over the whole model."""
+Measure = Callable[[torch.Tensor, Batch, torch.Tensor | None], torch.Tensor]
+"""(final hidden state, batch, the whole model's final hidden state) -> numbers, fp64 `[n]`; on the last stage."""
+SECONDS_BETWEEN_LINES = 10.0
 
 
-def sweep_prefixes(model: HiddenStateGPT, batches: Iterable[Batch], candidates: list[Dropped],
-                   measure: Callable[[torch.Tensor, Batch, torch.Tensor | None], torch.Tensor], *, base: Dropped,
-                   reference: bool, num_batches: int,
-                   say: Callable[[str], None]) -> tuple[list[list[torch.Tensor]], int]:
+class Progress:
+    """A line of progress every ten seconds at most, and one at the end.
+
+    What is counted is passes: one model without layers on one micro-batch.
+    """
+
+    def __init__(self, num_models: int, num_batches: int, say: Callable[[str], None]) -> None:
+        self._total, self._say = num_models * num_batches, say
+        self._what = f"{num_models} models without layers on {num_batches} micro-batches"
+        self._passes, self._started = 0, time.monotonic()
+        self._last = self._started
+
+    def add(self, passes: int) -> None:
+        """So many more are done."""
+        self._passes += passes
+        now = time.monotonic()
+        if self._passes < self._total and now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last, rate = now, self._passes / max(now - self._started, 1e-9)
+        self._say(f"[score] {self._what}: {self._passes}/{self._total} passes, {rate:.1f} a second, "
+                  f"ETA {(self._total - self._passes) / rate:.0f} s")
+
+
+def sweep_prefixes(model: HiddenStateGPT, batches: Iterable[Batch], candidates: list[Dropped], measure: Measure, *,
+                   base: Dropped, reference: bool, progress: Progress) -> tuple[list[list[torch.Tensor]], int]:
     """What `measure` gives for each candidate and micro-batch, and the number of layers run.
 
     Args:
         model: a whole model, or its tensor-parallel shard.
         batches: this replica's micro-batches.
-        candidates: the layers that each leaves out, ascending; each contains `base`.
+        candidates: the layers that each leaves out; each contains `base`.
         measure: takes the final hidden state `[S, B, H]` (after the final norm), its batch, and the whole model's.
         base: layers that are left out of the shared part as well.
         reference: whether `measure` needs the whole model's final hidden state.
-        num_batches: how many micro-batches there are.
-        say: prints a line of progress.
+        progress: told of each pass.
     """
     rows: list[list[torch.Tensor]] = [[] for _ in candidates]
-    forwards, started = 0, time.monotonic()
+    forwards = 0
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        for number, batch in enumerate(batches, 1):
-            stack = _Stack(model, batch)
-            whole = stack.finish(stack.entering[-1]) if reference else None
-            if base:
-                stack.enter_again(base)
-            for row, dropped in zip(rows, candidates, strict=True):
-                row.append(measure(stack.finish(stack.without(dropped)), batch, whole))
-            forwards += stack.forwards
-            if number % 10 == 0 or number == num_batches:
-                seconds = time.monotonic() - started
-                say(f"[score] {len(candidates)} models without layers: micro-batch {number}/{num_batches}, "
-                    f"ETA {seconds / number * (num_batches - number):.0f} s")
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                stack = _Stack(model, batch)
+                whole = stack.finish(stack.entering[-1]) if reference else None
+                if base:
+                    stack.enter_again(base)
+                for row, dropped in zip(rows, candidates, strict=True):
+                    row.append(measure(stack.finish(stack.without(dropped)), batch, whole))
+                    progress.add(1)
+                forwards += stack.forwards
+    finally:
+        model.train(was_training)
     return rows, forwards
 
 

@@ -83,7 +83,7 @@ def _with_depth(context: Context, teacher: Checkpoint, scores: Scores,
     depth = config.importance.depth
     ids = calibration_ids(samples.spec.num_training_samples, depth.num_samples, config.seed)
     questions = [] if depth.task is None or "accuracy" not in depth.metrics else read_questions(Path(depth.task))
-    options = encode_options(questions, load_tokenizer(teacher.path), teacher.arch.max_position_embeddings)
+    options = encode_options(questions, load_tokenizer(teacher.path), config.data.seq_length) if questions else []
     model = load_model(teacher.arch, teacher.path, transformer_config(teacher.arch, context.layout))
     scan = scan_depth(model, samples, ids, layout=context.layout, micro_batch_size=config.importance.micro_batch_size,
                       metrics=depth.metrics, block_lengths=depth.block_lengths, iterative=depth.iterative,

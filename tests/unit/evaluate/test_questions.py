@@ -42,6 +42,22 @@ def test_row_of_another_form_is_named(tmp_path, row, found):
         read_questions(tmp_path / "task.json")
 
 
+def test_line_of_another_form_is_named(tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps(ROWS[0]) + "\n\n{context}\n")
+    with pytest.raises(DataError, match=r"not JSON.*line 3 of "):
+        read_questions(task)
+    task.write_text(json.dumps(ROWS[0]) + "\n\n" + json.dumps({**ROWS[1], "answer": 9}) + "\n")
+    with pytest.raises(DataError, match=r"line 3 of .*from 0 to 2; found 9"):
+        read_questions(task)
+
+
+def test_only_newlines_end_lines(tmp_path):
+    row = {"context": "a\u2028b\x85c", "continuation": ["d", "e"], "answer": 0}
+    (tmp_path / "task.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert read_questions(tmp_path / "task.jsonl")[0].options[0] == ("a\u2028b\x85c", "d")
+
+
 @pytest.mark.parametrize(("text", "found"), [("[]", "empty"), ("", "empty"), ("{", "not JSON"),
                                              (None, "cannot be read")])
 def test_file_without_questions_is_refused(tmp_path, text, found):
