@@ -47,8 +47,8 @@ CASES = {
     "hidden 256, 8 layers, vocabulary 32000": ArchSpec(
         family="llama", num_layers=8, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4,
         head_dim=32, vocab_size=32000),
-    "hidden 1024, 8 layers, vocabulary 2048": ArchSpec(
-        family="llama", num_layers=8, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
+    "hidden 1024, 2 layers, vocabulary 2048": ArchSpec(
+        family="llama", num_layers=2, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16,
         num_query_groups=4, head_dim=64, vocab_size=2048),
 }
 
@@ -99,7 +99,7 @@ def measure(name: str, arch: ArchSpec, turns: int) -> dict[str, float | list[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/scoring.json"), help="the JSON file")
     parser.add_argument("--child", nargs=2, metavar=("WHICH", "CASE"), help=argparse.SUPPRESS)

@@ -15,11 +15,8 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
 
   run                      do what is missing of the recipe (the default)
   config                   print the composed recipe and start nothing
-  scores show PATH         print and plot scores (html=FILE for a page)
+  scores show PATH         print and plot what was measured, layer by layer
   scores diff A B          rank correlation of two scores, by axis and layer
-  data prepare             text or jsonl to .bin/.idx token files, in several processes
-  import                   a Megatron or NeMo distributed checkpoint to a Hugging Face directory
-  export                   a Hugging Face directory to a Megatron or NeMo distributed checkpoint
 
   minitron experiment=demo                      prune and distill the embedded teacher
   minitron experiment=demo parallel.tp=2        the same on two tensor-parallel processes
@@ -32,9 +29,6 @@ Exit codes: 0 done, 2 a mistake in the command or its inputs (one line says whic
 TOOLS = {
     ("scores", "show"): "report.scores_command:show",
     ("scores", "diff"): "report.scores_command:diff",
-    ("data", "prepare"): "data.command:main",
-    ("import",): "checkpoint.command:import_megatron",
-    ("export",): "checkpoint.command:export_megatron",
 }
 """Commands that are no recipe, and the function that takes the rest of the arguments; imported when asked for."""
 

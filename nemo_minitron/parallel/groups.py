@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -42,13 +43,24 @@ def start(layout: Layout, *, timeout_s: int) -> None:
 
 def form(layout: Layout, *, timeout_s: int) -> None:
     """Form Megatron's groups for `layout` in a running process group, replacing any formed before."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    dissolve()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         distributed_timeout_minutes=max(1, -(-timeout_s // 60)),
     )
+
+
+def dissolve() -> None:
+    """Leave Megatron's groups, if any are formed, and end them: Megatron would keep their threads and sockets."""
+    formed = list(parallel_state._global_process_group_list or []) if dist.is_initialized() else []
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        parallel_state._global_process_group_list = None
+        for group in dict.fromkeys(formed):
+            if group not in (None, dist.group.WORLD, dist.GroupMember.NON_GROUP_MEMBER):
+                with suppress(ValueError):  # ended with another of the same ranks
+                    dist.destroy_process_group(group)
 
 
 def seed_everything(seed: int) -> None:
@@ -61,7 +73,7 @@ def seed_everything(seed: int) -> None:
 
 def stop() -> None:
     """Leave all groups."""
-    parallel_state.destroy_model_parallel()
+    dissolve()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Every mistake ends with exit code 2 and one line that names the file or key; nothing is left half-written."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -113,8 +114,30 @@ MISTAKES = {
     "tensor ranks that do not divide the heads": ({"parallel.tp": 3}, "parallel.tp"),
     "tensor ranks that do not divide the target":
         ({"parallel.tp": 2, "prune.target.ffn_hidden_size": 41}, "parallel.tp"),
-    "pipeline stages that do not divide the layers": ({"parallel.pp": 3}, "parallel.pp"),
-    "pipeline stages that do not divide the target": ({"parallel.pp": 2, "prune.target.num_layers": 3}, "parallel.pp"),
+    "more pipeline stages than layers": ({"parallel.pp": 5}, "parallel.pp"),
+    "more pipeline stages than layers of the target":
+        ({"parallel.pp": 2, "prune.target.num_layers": 1}, "parallel.pp"),
+    "heads that do not spread over the groups":
+        ({"prune.target.num_attention_heads": 3}, "prune.target.num_attention_heads"),
+    "a size and a ratio": ({"prune.ratio.hidden_size": 0.5}, "prune.ratio.hidden_size"),
+    "a ratio above one": ({"prune.ratio.num_layers": 1.5}, "prune.ratio.num_layers"),
+    "a budget that cannot be met": ({"prune.budget.num_parameters": 100}, "prune.budget"),
+    "two budgets": ({"prune.budget.num_parameters": 0.5, "prune.budget.num_non_embedding_parameters": 0.5},
+                    "prune.budget"),
+    "a layer twice": ({"prune.layers.drop": "[1,1]"}, "prune.layers.drop"),
+    "a layer out of range": ({"prune.layers.drop": "[4]"}, "prune.layers.drop"),
+    "a metric that is not collected":
+        ({"prune.target.num_layers": 3, "prune.layers.by": "loss"}, "importance.depth.metrics=[loss]"),
+    "an order that is not collected":
+        ({"prune.target.num_layers": 3, "prune.layers.by": "removal_order"}, "importance.depth.iterative"),
+    "a block as long as the model":
+        ({"importance.depth.metrics": "[loss]", "importance.depth.block_lengths": "[4]"},
+         "importance.depth.block_lengths"),
+    "accuracy without questions": ({"importance.depth.metrics": "[accuracy]"}, "importance.depth.task"),
+    "a task file that is none": ({"importance.depth.metrics": "[accuracy]", "importance.depth.task": "nowhere.json"},
+                                 "importance.depth.task"),
+    "an unknown method": ({"importance.method": "luck"}, "importance.method"),
+    "an unknown norm": ({"importance.norms": "[last]"}, "importance.norms"),
     "batch that does not divide": ({"train.global_batch_size": 5}, "train.global_batch_size"),
     "samples longer than the context": ({"data.seq_length": 65}, "data.seq_length"),
     "unknown key": ({"prune.target.ffn_size": 40}, "ffn_size"),
@@ -207,6 +230,35 @@ def test_a_file_of_ours_that_is_broken(name, text, a_run, inputs, tmp_path):
     finished = run(inputs.arguments(tmp_path / "outputs"), tmp_path)
     check_refused(finished, a_run / name)
     assert (a_run / name).read_text() == text and manifests(a_run) == before
+
+
+def test_fewer_calibration_samples_than_asked_for(inputs, tmp_path):
+    finished = run(inputs.arguments(tmp_path / "outputs", importance__num_samples=100000), tmp_path)
+    check_refused(finished, "100000 samples", "in the calibration text", "importance.num_samples")
+    check_nothing_half_written(tmp_path / "outputs")
+
+
+def test_scores_of_another_model(a_run, teacher, inputs, tmp_path):
+    tensors = safetensors.torch.load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    safetensors.torch.save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    finished = run(inputs.arguments(tmp_path / "other", teacher__path=teacher, stages="[prune]",
+                                    prune__scores=a_run / "round1" / "score"), tmp_path)
+    check_refused(finished, "scores are of another model", "prune.scores")
+    check_nothing_half_written(tmp_path / "other")
+
+
+def test_scores_with_nan(a_run, inputs, tmp_path):
+    path = a_run / "round1" / "score" / "scores.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["ffn.mean.sum"][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, path)
+    header = path.with_name("scores.json")
+    change = json.loads(header.read_text()) | {"tensors_digest": hashlib.sha256(path.read_bytes()).hexdigest()}
+    header.write_text(json.dumps(change))
+    finished = run(inputs.arguments(tmp_path / "other", stages="[prune]", prune__scores=path.parent), tmp_path)
+    check_refused(finished, "ffn.mean.sum", "NaN")
+    check_nothing_half_written(tmp_path / "other")
 
 
 def test_an_output_directory_that_is_a_file(inputs, tmp_path):

@@ -83,11 +83,9 @@ def open_samples(prefix, *, seq_length=SEQ_LENGTH):
 @contextlib.contextmanager
 def formed(layout):
     """Megatron's groups for the name of a layout, gone again at the end; yields the `Layout`."""
-    from megatron.core import parallel_state
-
     from nemo_minitron.parallel import groups
 
     groups.form(LAYOUTS[layout], timeout_s=60)
     groups.seed_everything(1)
     yield LAYOUTS[layout]
-    parallel_state.destroy_model_parallel()
+    groups.dissolve()

@@ -33,7 +33,8 @@ def recipe(teacher, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"tp": 4, "pp": 4}, {"tp": 2, "pp": 2, "dp": 2}, {"dp": 4}])
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"tp": 4, "pp": 4}, {"tp": 2, "pp": 2, "dp": 2}, {"dp": 4},
+                                      {"pp": 3}])
 def test_a_recipe_that_fits(parallel, recipe):
     pipeline.check_recipe(Context(config=recipe(parallel=parallel)))
 
@@ -41,7 +42,8 @@ def test_a_recipe_that_fits(parallel, recipe):
 @pytest.mark.parametrize(("changes", "error", "key"), [
     ({"parallel": {"tp": 3}}, LayoutError, "parallel.tp"),
     ({"parallel": {"tp": 4}, "prune": {"target": {"ffn_hidden_size": 18}}}, LayoutError, "target.*parallel.tp"),
-    ({"parallel": {"pp": 2}, "prune": {"target": {"num_layers": 3}}}, LayoutError, "target.*parallel.pp"),
+    ({"parallel": {"pp": 5}}, LayoutError, "teacher.*parallel.pp"),
+    ({"parallel": {"pp": 3}, "prune": {"target": {"num_layers": 2}}}, LayoutError, "target.*parallel.pp"),
     ({"parallel": {"dp": 3}}, ConfigError, "train.global_batch_size"),
     ({"stages": ["correct", "score", "prune"], "prune": {"target": {"hidden_size": 999}}}, ArchError, "hidden_size"),
     ({"stages": ["initialize", "correct", "score", "prune"], "parallel": {"tp": 5}}, LayoutError, "parallel.tp"),

@@ -6,7 +6,6 @@ from tests.support.tiny_llama import LAYOUTS
 def form_in_turn(rank, world_size, *, layouts):
     """A job: form each layout over the one before; [TP rank, PP rank, DP rank, last stage, a sum over the replicas]."""
     import torch
-    from megatron.core import parallel_state
 
     from nemo_minitron.parallel import groups
 
@@ -15,7 +14,7 @@ def form_in_turn(rank, world_size, *, layouts):
         groups.form(LAYOUTS[name], timeout_s=60)
         total = groups.sum_over_replicas_from_last_stage(torch.tensor([10.0 ** rank]))
         found.append([groups.tp_rank(), groups.pp_rank(), groups.dp_rank(), groups.is_last_stage(), total.item()])
-    parallel_state.destroy_model_parallel()
+    groups.dissolve()
     return found
 
 
