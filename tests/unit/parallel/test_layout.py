@@ -43,7 +43,8 @@ def test_models_that_fit(layout, changes):
     (Layout(tp=3), {"num_query_groups": 1}, "8 attention heads to be a multiple of tp; found tp=3.*parallel.tp"),
     (Layout(tp=8), {}, "4 KV groups to be a multiple of tp; found tp=8.*parallel.tp"),
     (Layout(tp=4), {"ffn_hidden_size": 42}, "42 FFN neurons to be a multiple of tp; found tp=4.*parallel.tp"),
-    (Layout(tp=4, sequence_parallel=True), {}, "18 tokens a sample to be a multiple of tp; found tp=4.*data.seq_length"),
+    (Layout(tp=4, sequence_parallel=True), {},
+     "18 tokens a sample to be a multiple of tp; found tp=4.*data.seq_length"),
 ])
 def test_models_that_do_not_fit(layout, changes, complaint):
     with pytest.raises(LayoutError, match=complaint):
