@@ -81,7 +81,7 @@ def remove_all(directory: Path) -> str:
 
 def make_gpt2(directory: Path) -> str:
     change_config(directory, model_type="gpt2")
-    return "config.json; expected model_type llama; found 'gpt2'"
+    return "config.json; expected model_type llama or mistral or nemotron or qwen2 or qwen3; found 'gpt2'"
 
 
 def make_contradictory(directory: Path) -> str:
