@@ -1,7 +1,7 @@
 """Nemotron-3/4 and Minitron (`model_type: nemotron`).
 
 Squared ReLU without a gate, LayerNorm whose stored scale is around zero (it multiplies by scale + 1) with a bias,
-rotary embeddings on a part of each head, no other biases.
+plain rotary embeddings on a part of each head, no other biases.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from typing import Any
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.checkpoint.families import decoder
 from nemo_minitron.checkpoint.families.table import Family
+from nemo_minitron.errors import ArchError
 
 
 def read_config(config: dict[str, Any]) -> ArchSpec:
     """The architecture that `config.json` describes; defaults are those of `transformers.NemotronConfig`.
 
     Raises:
-        ArchError: a missing number, biases, another activation or rotary scaling.
+        ArchError: a missing number, biases, another activation, or rotary scaling.
     """
     decoder.refuse("Nemotron", config, hidden_act="relu2", attention_bias=False, mlp_bias=False)
-    rope = config.get("rope_parameters") or {}
+    rope, parameters = decoder.read_rope(config), config.get("rope_parameters") or {}
+    if rope.scaling is not None:  # `transformers` ignores it here
+        raise ArchError("unsupported Nemotron", expected="no rotary scaling in config.json", found=repr(rope.scaling))
     return ArchSpec(
-        family="nemotron", **decoder.read_sizes(config), rope=decoder.read_rope(config), norm="layernorm_1p",
+        family="nemotron", **decoder.read_sizes(config), rope=rope, norm="layernorm_1p",
         activation="squared_relu", norm_eps=float(config.get("norm_eps", 1e-5)),
-        rotary_fraction=float(config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))),
+        rotary_fraction=float(config.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 0.5))),
         max_position_embeddings=decoder.number(config, "max_position_embeddings", 4096),
         tied_embeddings=decoder.tied(config),
     ).check()

@@ -28,8 +28,18 @@ def read_config(config: dict[str, Any]) -> ArchSpec:
 
 
 def read_window(config: dict[str, Any]) -> int | None:
-    """The window that some layers attend to, or None: it counts only with `use_sliding_window`."""
-    return decoder.number(config, "sliding_window", 4096) if config.get("use_sliding_window", False) else None
+    """The window that some layers attend to, or None: it counts only with `use_sliding_window`.
+
+    Which layers it applies to is in `layer_types`, or it is those from `max_window_layers` on.
+    """
+    if not config.get("use_sliding_window", False) or config.get("sliding_window", 4096) is None:
+        return None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        slides = config.get("max_window_layers", 28) < decoder.number(config, "num_hidden_layers")
+    else:
+        slides = "sliding_attention" in kinds
+    return decoder.number(config, "sliding_window", 4096) if slides else None
 
 
 def write_window(arch: ArchSpec) -> dict[str, Any]:

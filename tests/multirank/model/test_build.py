@@ -72,8 +72,8 @@ def check(rank_pool, path, layout, out, *, num_tokens):
                                               tokens=tokens.tolist(), out=str(out))
     with torch.no_grad():
         expected = model(tokens).logits
-    found = torch.from_numpy(np.load(out / "logits.npy"))
-    torch.testing.assert_close(found[..., :vocab_size], expected, rtol=1e-4, atol=1e-4)
+    found = torch.from_numpy(np.load(out / "logits.npy"))[..., :vocab_size]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     saved, loaded = read_llama(out / "checkpoint"), read_llama(path)
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in loaded.items())

@@ -11,6 +11,7 @@ from nemo_minitron.checkpoint import digest
 from nemo_minitron.checkpoint.digest import read_checkpoint, write_random
 from nemo_minitron.errors import CheckpointError
 from tests.support.checkpoints import UNTIED, llama_tensors, read_llama, write_llama
+from tests.support.tiny_llama import FAMILIES
 
 TOKENIZER = {"added_tokens": [{"id": 3, "content": "<s>"}], "model": {"vocab": {"a": 0, "</s>": 9}}}
 
@@ -50,6 +51,23 @@ def test_names_shapes_and_spread(tmp_path, tokenizer_directory):
             # At least 3,072 numbers: the standard error of a standard deviation is std / sqrt(2 n) < 1.3 %.
             assert abs(tensor.std() / std - 1) < 0.06, name
             assert abs(tensor.mean()) < 5 * std / tensor.numel() ** 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_multiply_by_one_and_biases_are_zero(tmp_path, tokenizer_directory, family):
+    arch = FAMILIES[family]
+    write_random(arch, tmp_path / "model", tokenizer_directory=tokenizer_directory, seed=1)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    vectors = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    assert len(vectors) == {"mistral": 2, "qwen2": 5, "qwen3": 4, "nemotron": 4}[family] * arch.num_layers \
+        + (2 if family == "nemotron" else 1)
+    for name, vector in vectors.items():
+        assert torch.all(vector == (0 if name.endswith("bias") or family == "nemotron" else 1)), name
+    values = 5 + 3 * torch.randn(7, arch.hidden_size)
+    centred = values - values.mean(-1, keepdim=True) if family == "nemotron" else values
+    normed = centred / (centred.square().mean(-1, keepdim=True) + arch.norm_eps).sqrt()
+    torch.testing.assert_close(model.model.norm(values), normed)
 
 
 def test_the_seed_decides_alone(tmp_path, tokenizer_directory, monkeypatch):

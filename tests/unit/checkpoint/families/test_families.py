@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from nemo_minitron.arch import Rope, RopeScaling
 from nemo_minitron.checkpoint.families import FAMILIES, hf_config, hf_tensors, parameter_source, read_arch, tensor_axes
 from nemo_minitron.checkpoint.tensors import TensorReader
 from nemo_minitron.errors import ArchError
@@ -16,6 +17,7 @@ SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "nu
          "num_key_value_heads": 2, "vocab_size": 50, "head_dim": 12}
 REQUIRED = {"hidden_size": 1024, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 32,
             "vocab_size": 50}
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def test_every_family_is_tested():
@@ -64,6 +66,37 @@ def test_what_is_written_is_read_again_by_us_and_by_transformers(tmp_path, famil
         assert getattr(transformers, name)(config).num_parameters() == arch.num_parameters()
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("changes", [
+    {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+])
+def test_rotary_settings_in_both_spellings(family, changes):
+    arch = FAMILIES[family].read_config({**SIZES, **changes})
+    assert arch.rope == Rope(theta=5e5, scaling=RopeScaling(**LLAMA3))
+    assert FAMILIES[family].read_config(hf_config(arch, {})) == arch
+
+
+def test_the_rotated_part_in_both_spellings():
+    read = FAMILIES["nemotron"].read_config
+    for changes in ({"partial_rotary_factor": 0.75}, {"rope_parameters": {"partial_rotary_factor": 0.75}}):
+        arch = read({**SIZES, "head_dim": 16, **changes})
+        assert arch.rotary_fraction == 0.75 and read(hf_config(arch, {})) == arch
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("changes", [
+    {}, {"max_window_layers": 2}, {"max_window_layers": 3}, {"max_window_layers": 0, "use_sliding_window": False},
+    {"max_window_layers": 0, "sliding_window": None}, {"layer_types": ["full_attention"] * 3, "max_window_layers": 0},
+    {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+])
+def test_a_window_counts_where_a_layer_of_transformers_has_one(family, changes):
+    config = {**SIZES, "use_sliding_window": True, "sliding_window": 32, **changes}
+    reference = CONFIGS[family](**config)
+    slides = "sliding_attention" in reference.layer_types
+    assert FAMILIES[family].read_config(config).sliding_window == (reference.sliding_window if slides else None)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_tensor_goes_into_exactly_one_megatron_parameter(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES}))
@@ -80,6 +113,8 @@ def test_every_tensor_goes_into_exactly_one_megatron_parameter(family, tmp_path)
     ("llama", "attention_bias", True), ("llama", "hidden_act", "gelu"), ("qwen3", "attention_bias", True),
     ("nemotron", "hidden_act", "silu"), ("nemotron", "mlp_bias", True), ("mistral", "hidden_act", "gelu"),
     ("qwen2", "rope_scaling", {"type": "yarn", "factor": 4.0}), ("nemotron", "partial_rotary_factor", 0.3),
+    ("nemotron", "rope_scaling", {"rope_type": "llama3", **LLAMA3}), ("mistral", "sliding_window", 0),
+    ("qwen3", "head_dim", 0), ("nemotron", "num_key_value_heads", 3),
 ])
 def test_what_cannot_be_built_is_refused(tmp_path, family, key, value):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **SIZES, key: value}))
