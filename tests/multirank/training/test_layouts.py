@@ -195,8 +195,8 @@ def test_trainings_in_one_worker_do_not_disturb_each_other(files, trained, rank_
 def interrupted(files, rank_pool):
     """`interrupted(layout, out)`: a distillation that ended after step 4 of 6, with a resume point after step 3."""
 
-    def get(layout, out):
-        _, facts = run(files, rank_pool, layout, "tied", ["kd"], out, save=True, interrupt=True)
+    def get(layout, out, name="tied"):
+        _, facts = run(files, rank_pool, layout, name, ["kd"], out, save=True, interrupt=True)
         assert facts[0] == {} and not (out / "kd" / "checkpoint").exists()
         assert list(lines(out, "kd")[0]) == list(range(1, INTERRUPT_AT + 1))
         return out
@@ -214,11 +214,13 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(files, trained, interr
     assert_same_weights(out, whole, "kd", tolerance=0)
 
 
-def test_a_resume_point_can_be_read_under_another_layout(files, trained, interrupted, rank_pool, tmp_path):
+@pytest.mark.parametrize(("layout", "other", "name"), [("tp2", "pp2", "tied"), ("pp2", "tp2", "uneven")])
+def test_a_resume_point_can_be_read_under_another_layout(files, trained, interrupted, rank_pool, tmp_path, layout,
+                                                         other, name):
     """TP 2 pads the vocabulary of 101 to 102 rows, PP 2 does not."""
-    out = interrupted("tp2", tmp_path / "out")
-    run(files, rank_pool, "pp2", "tied", ["kd"], out, save=True)
-    whole, _ = trained("1x1")
+    out = interrupted(layout, tmp_path / "out", name)
+    run(files, rank_pool, other, name, ["kd"], out, save=True)
+    whole, _ = trained("1x1", name)
     assert_same_numbers(out, whole, "kd")
     assert_same_weights(out, whole, "kd")
 
