@@ -159,7 +159,7 @@ def distill(run: Run, student: Any, teacher: Any, device: torch.device) -> dict[
             with torch.no_grad():
                 teacher_logits = teacher(tokens, use_cache=False).logits
             kl, ce = distillation_sums(student(tokens, use_cache=False).logits, teacher_logits, labels)
-            loss = (weights["kl_weight"] * kl + weights["ce_weight"] * ce) / step_tokens
+            loss = (weights["kd_weight"] * kl + weights["ce_weight"] * ce) / step_tokens
             loss.backward()
             kl_sum += kl.item()
         if optim["clip_grad"] > 0:

@@ -7,11 +7,12 @@ merges the result into the dataclasses of `config`: an unknown key or a wrong ty
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config import CONTROLS, LAYER_METRICS, STAGES, Config, OptimConfig
+from nemo_minitron.config import CONTROLS, KD_LOSSES, LAYER_METRICS, STAGES, Config, OptimConfig
 from nemo_minitron.errors import ConfigError
 
 
@@ -97,6 +98,7 @@ def _check(config: Config) -> None:
         ("importance.heads", config.importance.heads, ("channels", "tokens")),
         ("importance.ranking", config.importance.ranking, ("per_layer", "summed")),
         ("prune.layers.by", config.prune.layers.by, LAYER_METRICS),
+        ("distill.loss", config.distill.loss, KD_LOSSES),
         ("train.precision", config.train.precision, ("32", "bf16-mixed")),
     )
     choices += tuple(("importance.depth.metrics", value, ("loss", "accuracy", "logit_mse"))
@@ -115,7 +117,7 @@ def _check(config: Config) -> None:
                   "eval_samples", "chunk_tokens"),
         "evaluate": ("micro_batch_size",),
         "correct": ("tokens",),
-        "distill": ("tokens",),
+        "distill": ("tokens", "top_k"),
     }
     for node, names in positive.items():
         for name in names:
@@ -125,13 +127,19 @@ def _check(config: Config) -> None:
     not_negative = {
         "optim": tuple(field.name for field in dataclasses.fields(OptimConfig)),
         "train": ("eval_every_steps",),
-        "distill": ("kl_weight", "ce_weight"),
+        "distill": ("kd_weight", "ce_weight"),
     }
     for node, names in not_negative.items():
         for name in names:
             value = getattr(getattr(config, node), name)
             if not value >= 0:  # NaN is not
                 raise ConfigError("bad value", expected="zero or more", found=str(value), key=f"{node}.{name}")
+    temperature = config.distill.temperature
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError("bad value", expected="a positive number", found=str(temperature), key="distill.temperature")
+    if temperature != 1 and config.distill.loss in ("mse", "cosine", "top_k_kl"):
+        raise ConfigError("a loss without temperature", expected="1, or kl, reverse_kl or js as distill.loss",
+                          found=f"{temperature} with {config.distill.loss}", key="distill.temperature")
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
 

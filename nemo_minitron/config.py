@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+KD_LOSSES = ("kl", "reverse_kl", "js", "mse", "cosine", "top_k_kl")
 STAGES = ("initialize", "correct", "score", "prune", "distill", "ce", "scratch", "evaluate", "report")
 CONTROLS = ("ce", "scratch")
 LAYER_METRICS = ("block_influence", "loss", "accuracy", "logit_mse", "removal_order")
@@ -248,8 +249,14 @@ class DistillConfig:
 
     tokens: int = 1_000_000
     """Training tokens, rounded up to whole steps."""
-    kl_weight: float = 1.0
-    """Weight of KL(teacher || student), nats/token."""
+    loss: str = "kl"
+    """Loss of the logits: kl (of teacher and student, the papers' choice), reverse_kl, js, mse, cosine, or top_k_kl."""
+    kd_weight: float = 1.0
+    """Its weight; of divergences, nats/token."""
+    temperature: float = 1.0
+    """Divides the logits of kl, reverse_kl and js, whose value is multiplied by its square."""
+    top_k: int = 64
+    """Tokens of top_k_kl; the rest of the vocabulary is one bucket."""
     ce_weight: float = 0.0
     """Weight of the cross-entropy with the text, nats/token."""
 

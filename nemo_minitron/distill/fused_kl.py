@@ -1,9 +1,9 @@
-"""Forward KL and cross-entropy of LM heads over a sharded vocabulary, without a `[tokens, vocab]` tensor.
+"""Distillation losses of LM heads over a sharded vocabulary, without a `[tokens, vocab]` tensor.
 
-The loss of arXiv:2407.14679, section 3 (`losses.py` states the formulas), computed from final hidden states: each chunk
-of tokens is multiplied with this rank's rows of both LM heads, and the value and its gradient with respect to the
-student's logits are formed while the chunk's logits are at hand. It knows nothing of Megatron, and does not reduce the
-gradient of the hidden states over tensor parallel: that is for the mapping around it.
+The losses of arXiv:2407.14679, section 3 (`losses.py` states the formulas), computed from final hidden states: each
+chunk of tokens is multiplied with this rank's rows of both LM heads, and the values and the gradient with respect to
+the student's logits are formed while the chunk's logits are at hand (`divergences`). It knows nothing of Megatron, and
+does not reduce the gradient of the hidden states over tensor parallel: that is for the mapping around it.
 
 Shape letters: T tokens of the micro-batch, C tokens of a chunk, H hidden, v rows of the LM head on this TP rank.
 """
@@ -18,9 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_minitron.distill.divergences import TERMS, Block, forward_kl_block, general_block, js_student_part
+from nemo_minitron.distill.losses import LossWeights
+
 # GEMMs that read bfloat16 and return float32 came with torch 2.8, for CUDA only.
 _MIXED_GEMM = hasattr(torch.ops.aten.mm, "dtype_out")
-_NO_TOKEN = torch.iinfo(torch.int64).max
+NO_TOKEN = torch.iinfo(torch.int64).max
+"""Stands for the id of a maximum that another rank holds."""
+_BLOCKS = 4  # parts of a chunk that elementwise work takes in turn: its scratch is a quarter of a chunk
 
 
 class FusedLoss(NamedTuple):
@@ -29,8 +34,12 @@ class FusedLoss(NamedTuple):
     All are scalars, float64 for float64 hidden states and float32 otherwise. Only `loss` carries a gradient.
     """
 
-    loss: Tensor  # kl_weight * kl + ce_weight * ce, nats
-    kl: Tensor  # KL(teacher || student), nats; 0 without a teacher
+    loss: Tensor  # the weighted sum of the terms; divergences times temperature^2
+    kl: Tensor  # KL(teacher || student) at the temperature, nats; 0 without a teacher
+    reverse_kl: Tensor  # KL(student || teacher), nats; this and the next three are 0 where their weight is
+    js: Tensor  # Jensen-Shannon divergence, nats
+    mse: Tensor  # mean over the vocabulary of the squared difference of logits
+    cosine: Tensor  # 1 - cosine of the logits
     ce: Tensor  # cross-entropy of the student, nats
     teacher_ce: Tensor  # cross-entropy of the teacher, nats; 0 without a teacher
     agreement: Tensor  # tokens where both have the same argmax (the lowest id of equal logits); 0 without a teacher
@@ -48,21 +57,21 @@ def fused_linear_loss(
     vocab_size: int,
     vocab_start: int,
     group: dist.ProcessGroup | None,
-    kl_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    weights: LossWeights,
     chunk_tokens: int = 256,
 ) -> FusedLoss:
-    """Sum over valid tokens of `kl_weight * KL(teacher || student) + ce_weight * CE(student)`, in nats.
+    """Sum over valid tokens of the weighted losses, in nats.
 
     Every rank of `group` must call this with the same tokens. Collectives over it, none where it is None or of size 1:
-    two all-reduces a chunk (max, sum of a few numbers per token) and, with a teacher, two a micro-batch.
+    two all-reduces a chunk (max, sum of a few numbers per token), three for Jensen-Shannon, and with a teacher two a
+    micro-batch.
 
     Logits, gradients and sums are in float32 (float64 for float64 hidden states), also for bfloat16 inputs: on CUDA
     their GEMMs read bfloat16 (so the gradient of the logits is rounded to it) and return float32; elsewhere, and with
     torch < 2.8, both heads are converted once a call.
-    Memory beyond inputs and gradients is 3 chunks of logits [C, v] (1 without a teacher; half a chunk more where
-    bfloat16 GEMMs are used). With `chunk_tokens` = 256, the CPU optimum measured at v = 32768, H = 512 and 1024;
-    a GPU wants 1024 and more.
+    Memory beyond inputs and gradients for forward KL and cross-entropy at temperature 1 is 2.25 chunks of logits
+    [C, v] (1.25 without a teacher; half a chunk more where bfloat16 GEMMs are used), for other losses about 4. With
+    `chunk_tokens` = 256, the CPU optimum measured at v = 32768, H = 512 and 1024; a GPU wants 1024 and more.
 
     Args:
         student_hidden: [T, Hs], all tokens (already gathered over sequence parallel), the same on every TP rank. Its
@@ -77,8 +86,7 @@ def fused_linear_loss(
         vocab_size: unpadded global size V; rows of global index >= V are padding and take no part.
         vocab_start: global index of this shard's first row.
         group: tensor-parallel group.
-        kl_weight: factor of the KL; ignored without a teacher.
-        ce_weight: factor of the student's cross-entropy.
+        weights: factor of each loss, and the temperature; those that need a teacher are ignored without one.
         chunk_tokens: tokens whose logits exist at a time.
 
     Returns:
@@ -89,25 +97,25 @@ def fused_linear_loss(
     assert len(student_hidden) == len(labels) == len(loss_mask) and chunk_tokens > 0
     compute_dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     num_columns = min(max(vocab_size - vocab_start, 0), len(student_head))
-    student = _Side.of(student_hidden.detach(), student_head.detach(), num_columns, compute_dtype)
+    student = Side.of(student_hidden.detach(), student_head.detach(), num_columns, compute_dtype)
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
         assert len(teacher_hidden) == len(student_hidden) and len(teacher_head) == len(student_head)
-        teacher = _Side.of(teacher_hidden.detach(), teacher_head.detach(), num_columns, compute_dtype)
+        teacher = Side.of(teacher_hidden.detach(), teacher_head.detach(), num_columns, compute_dtype)
     chunks = _Chunks(
         student=student, teacher=teacher, labels=labels, valid=loss_mask != 0, vocab_start=vocab_start,
-        group=group if group is not None and group.size() > 1 else None, kl_weight=kl_weight, ce_weight=ce_weight,
+        group=group if group is not None and group.size() > 1 else None, weights=weights, vocab_size=vocab_size,
         chunk_tokens=chunk_tokens, head_rows=len(student_head),
         wants_grad=torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad),
     )
-    return FusedLoss(*_FusedLinearLoss.apply(student_hidden, student_head, chunks))
+    return FusedLoss(*HandOut.apply(student_hidden, student_head, chunks))
 
 
-class _FusedLinearLoss(torch.autograd.Function):
-    """Hands the gradients that the forward computed to autograd."""
+class HandOut(torch.autograd.Function):
+    """Hands the gradients that `chunks.run()` computed with the values to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, chunks: _Chunks) -> FusedLoss:
+    def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, chunks: Any) -> FusedLoss:
         loss, grad_hidden, grad_head = chunks.run()
         ctx.grads = (grad_hidden, grad_head) if chunks.wants_grad else None
         ctx.dtypes = (student_hidden.dtype, student_head.dtype)
@@ -127,7 +135,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Side:
+class Side:
     """One model's half of the GEMMs: hidden states [T, H] and the rows of its local head that are not padding."""
 
     hidden: Tensor
@@ -135,7 +143,7 @@ class _Side:
     compute_dtype: torch.dtype
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Tensor, num_columns: int, compute_dtype: torch.dtype) -> _Side:
+    def of(cls, hidden: Tensor, head: Tensor, num_columns: int, compute_dtype: torch.dtype) -> Side:
         head = head[:num_columns]
         mixed_gemm = _MIXED_GEMM and head.is_cuda and head.dtype == hidden.dtype == torch.bfloat16
         return cls(hidden, head if mixed_gemm else head.to(compute_dtype), compute_dtype)
@@ -165,14 +173,14 @@ class _Side:
 class _Chunks:
     """The loop over chunks of tokens. `group` is None where there is nothing to reduce."""
 
-    student: _Side
-    teacher: _Side | None
+    student: Side
+    teacher: Side | None
     labels: Tensor
     valid: Tensor
     vocab_start: int
+    vocab_size: int
     group: dist.ProcessGroup | None
-    kl_weight: float
-    ce_weight: float
+    weights: LossWeights
     chunk_tokens: int
     head_rows: int
     wants_grad: bool
@@ -182,11 +190,11 @@ class _Chunks:
         student, sides = self.student, [side for side in (self.student, self.teacher) if side]
         num_tokens, num_columns = len(self.valid), len(student.head)
         dtype, device = student.compute_dtype, student.hidden.device
-        # A buffer each for the logits of both, and for their difference.
-        shape = (2 * len(sides) - 1, min(self.chunk_tokens, num_tokens), num_columns)
-        buffers = torch.empty(shape, dtype=dtype, device=device)
+        chunk = min(self.chunk_tokens, num_tokens)
+        buffers = torch.empty((len(sides), chunk, num_columns), dtype=dtype, device=device)
+        scratch = torch.empty((-(-chunk // _BLOCKS), num_columns), dtype=dtype, device=device)
         cross_entropies = torch.zeros(2, num_tokens, dtype=dtype, device=device)
-        local_kl = torch.zeros(num_tokens, dtype=dtype, device=device)
+        divergences = torch.zeros(len(TERMS), num_tokens, dtype=dtype, device=device)
         argmax = torch.empty(len(sides), num_tokens, dtype=torch.int64, device=device)
         grad_hidden = grad_head = None
         if self.wants_grad:
@@ -195,23 +203,18 @@ class _Chunks:
 
         for start in range(0, num_tokens, self.chunk_tokens):
             rows = slice(start, min(start + self.chunk_tokens, num_tokens))
-            work = buffers[:, : rows.stop - rows.start]
             inputs = [side.inputs(rows, self.valid) for side in sides]
-            logits = [side.logits(x, out) for side, x, out in zip(sides, inputs, work, strict=False)]
+            logits = [side.logits(x, out[: rows.stop - rows.start])
+                      for side, x, out in zip(sides, inputs, buffers, strict=True)]
             columns, owned = self._label_columns(rows)
-            shifted_label_logits, argmax[:, rows] = self._centre(logits, columns, owned)
-            if self.teacher:
-                torch.sub(logits[0], logits[1], out=work[2])
-            normalisers = torch.stack([z.exp_().sum(1) for z in logits])
-            self._reduce(normalisers, dist.ReduceOp.SUM)
-            nats = normalisers.log() - shifted_label_logits
-            cross_entropies[: len(sides), rows] = torch.where(self.valid[rows], nats, 0)
-            if self.teacher:
-                local_kl[rows] = self._kl(work, normalisers, self.valid[rows])
+            block, argmax[:, rows] = self._block(logits, columns, owned, self.valid[rows], scratch)
+            cross_entropies[: len(sides), rows] = torch.where(self.valid[rows], block.cross_entropies, 0)
+            self._differentiate(block, divergences[:, rows], scratch)
             if grad_hidden is not None and grad_head is not None:
-                grad_logits = self._grad_logits(work, normalisers, columns, owned, self.valid[rows])
-                student.add_grads(grad_logits, inputs[0], grad_hidden[rows], grad_head[:num_columns])
-        return self._sums(local_kl, cross_entropies, argmax), grad_hidden, grad_head
+                if self.weights.ce and num_columns:
+                    logits[0].scatter_add_(1, columns, owned.to(dtype) * -self.weights.ce)
+                student.add_grads(logits[0], inputs[0], grad_hidden[rows], grad_head[:num_columns])
+        return self._sums(divergences, cross_entropies, argmax), grad_hidden, grad_head
 
     def _reduce(self, tensor: Tensor, op: Any) -> None:
         if self.group is not None:
@@ -223,11 +226,31 @@ class _Chunks:
         owned = (columns >= 0) & (columns < len(self.student.head)) & self.valid[rows].unsqueeze(1)
         return columns.masked_fill(~owned, 0), owned
 
-    def _centre(self, logits: list[Tensor], columns: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(self, logits: list[Tensor], columns: Tensor, owned: Tensor, valid: Tensor,
+               scratch: Tensor) -> tuple[Block, Tensor]:
+        """Centre the logits in place and reduce what the losses need of the whole vocabulary: two all-reduces.
+
+        Returns the chunk, and the global id of each side's maximum [sides, C] where this rank holds it, else
+        `NO_TOKEN`.
+        """
+        temperature = self.weights.temperature if self.teacher else 1.0
+        sums = _cosine_sums(logits, scratch) if self.teacher and self.weights.cosine else {}
+        maxima, label_logits, held = self._centre(logits, columns, owned)
+        for z in logits if temperature != 1.0 else ():
+            z.div_(temperature)
+        sums |= self._exponential_sums(logits, temperature, scratch)
+        packed = torch.stack(list(sums.values()))
+        self._reduce(packed, dist.ReduceOp.SUM)
+        block = Block(logits=logits, valid=valid, sums=dict(zip(sums, packed, strict=True)), maxima=maxima,
+                      label_logits=label_logits, weights=self.weights, temperature=temperature,
+                      vocab_size=self.vocab_size)
+        return block, held
+
+    def _centre(self, logits: list[Tensor], columns: Tensor, owned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Subtract the global maximum of each token, in place, from each side's logits [C, columns].
 
-        Returns the shifted logits of the labels [sides, C], -inf where no rank has the label, and the global id of the
-        maximum [sides, C] where this rank holds it, else `_NO_TOKEN`.
+        Returns the maxima [sides, C], the shifted logits of the labels [sides, C], -inf where no rank has the label,
+        and the global id of the maximum [sides, C] where this rank holds it, else `NO_TOKEN`.
         """
         num_sides = len(logits)
         stats = logits[0].new_full((2 * num_sides, len(columns)), -torch.inf)
@@ -241,57 +264,71 @@ class _Chunks:
         maxima, label_logits = stats[:num_sides], stats[num_sides:]
         for z, maximum in zip(logits, maxima, strict=True):
             z.sub_(maximum.unsqueeze(1))
-        held = torch.where(local_maxima == maxima, argmax + self.vocab_start, _NO_TOKEN)
-        return label_logits - maxima, held
+        held = torch.where(local_maxima == maxima, argmax + self.vocab_start, NO_TOKEN)
+        return maxima, label_logits - maxima, held
 
-    @staticmethod
-    def _kl(work: Tensor, normalisers: Tensor, valid: Tensor) -> Tensor:
-        """This rank's part of KL(teacher || student) per token [C].
+    def _exponential_sums(self, logits: list[Tensor], temperature: float, scratch: Tensor) -> dict[str, Tensor]:
+        """This rank's sums [C] over its columns: of exponentials, and where asked at temperature 1 and crosswise."""
+        names = ["student", "teacher"][: len(logits)]
+        sums = {name: z.new_empty(len(z)) for name, z in zip(names, logits, strict=True)}
+        if temperature != 1.0:
+            sums |= {f"{name}_at_1": torch.empty_like(sums[name]) for name in names}
+        if self.teacher and self.weights.reverse_kl:
+            sums["cross"] = torch.empty_like(sums["student"])
+        for rows in _blocks(logits[0], scratch):
+            for name, z in zip(names, logits, strict=True):
+                work = torch.exp(z[rows], out=scratch[: rows.stop - rows.start])
+                torch.sum(work, 1, out=sums[name][rows])
+                if name == "student" and "cross" in sums:
+                    sums["cross"][rows] = work.mul_(logits[0][rows] - logits[1][rows]).sum(1)
+                if temperature != 1.0:
+                    torch.sum(torch.mul(z[rows], temperature, out=work).exp_(), 1, out=sums[f"{name}_at_1"][rows])
+        return sums
 
-        Args:
-            work: [3, C, columns], the exponentials of the student's and the teacher's shifted logits, and the shifted
-                logits of the student minus those of the teacher. Overwritten: p_s + p_t, scratch, p_s - p_t.
-            normalisers: [2, C], global sums of the exponentials of student and teacher.
-            valid: [C]
+    def _differentiate(self, block: Block, divergences: Tensor, scratch: Tensor) -> None:
+        """Turn the student's logits of the chunk into the loss's gradient by them (labels apart), fill divergences."""
+        simple = block.temperature == 1.0 and self.weights.kl_and_ce_only
+        js_parts = None
+        if not simple and self.teacher and self.weights.js:
+            js_parts = torch.cat([js_student_part(block, rows) for rows in _blocks(block.logits[0], scratch)])
+            self._reduce(js_parts, dist.ReduceOp.SUM)
+        for rows in _blocks(block.logits[0], scratch):
+            if self.teacher is None:
+                scale = (block.valid[rows] / block.sums["student"][rows]).mul_(self.weights.ce).unsqueeze(1)
+                block.logits[0][rows].exp_().mul_(scale)
+            elif simple:
+                divergences[0, rows] = forward_kl_block(block, rows, scratch[: rows.stop - rows.start])
+            else:
+                divergences[:, rows] = general_block(block, rows, js_parts)
 
-        With d = log p_t - log p_s the summand is p_t * (expm1(-d) + d) = (p_s - p_t) + p_t * d: it is never negative
-        and of second order in d, so rounding of the normalisers does not drown a small KL. The difference
-        p_s - p_t = (p_s + p_t) * tanh(-d / 2) has the same virtue, and does not overflow as expm1 does.
-        """
-        student_exp, teacher_exp, gap = work.unbind()
-        scales = (valid / normalisers).unsqueeze(2)  # 0 where not valid, which zeroes values and gradients
-        half_log_ratio = (normalisers[1].log() - normalisers[0].log()).mul_(0.5).unsqueeze(1)
-        torch.add(half_log_ratio, gap, alpha=0.5, out=gap)  # -d / 2
-        teacher_probs = teacher_exp.mul_(scales[1])
-        probs_sum = torch.addcmul(teacher_probs, student_exp, scales[0], out=student_exp)
-        teacher_probs.mul_(gap)
-        gap.tanh_().mul_(probs_sum)
-        return torch.add(gap, teacher_probs, alpha=-2, out=teacher_probs).sum(1).clamp_min_(0)
-
-    def _grad_logits(self, work: Tensor, normalisers: Tensor, columns: Tensor, owned: Tensor, valid: Tensor) -> Tensor:
-        """Gradient of the loss by the student's logits [C, columns], in one of the chunk's buffers `work`."""
-        if self.teacher:
-            # p_s = ((p_s + p_t) + (p_s - p_t)) / 2
-            grad = work[2].mul_(self.kl_weight + self.ce_weight / 2)
-            if self.ce_weight:
-                grad.add_(work[0], alpha=self.ce_weight / 2)
-        else:
-            grad = work[0].mul_((valid / normalisers[0]).mul_(self.ce_weight).unsqueeze(1))
-        if self.ce_weight and grad.shape[1]:
-            grad.scatter_add_(1, columns, owned.to(grad.dtype) * -self.ce_weight)
-        return grad
-
-    def _sums(self, local_kl: Tensor, cross_entropies: Tensor, argmax: Tensor) -> FusedLoss:
+    def _sums(self, divergences: Tensor, cross_entropies: Tensor, argmax: Tensor) -> FusedLoss:
         """Sum per-token values over the micro-batch and, where they are parts, over TP."""
-        kl = local_kl.sum()
-        agreement = torch.zeros_like(kl)
+        parts = divergences.sum(1)
+        agreement = torch.zeros_like(parts[0])
         if self.teacher:
-            self._reduce(kl, dist.ReduceOp.SUM)
+            self._reduce(parts, dist.ReduceOp.SUM)
+            if self.group is not None:
+                parts[TERMS.index("cosine")] /= self.group.size()  # every rank has the whole of it
             self._reduce(argmax, dist.ReduceOp.MIN)
-            agreement = ((argmax[0] == argmax[1]) & self.valid).sum().to(kl.dtype)
+            agreement = ((argmax[0] == argmax[1]) & self.valid).sum().to(parts.dtype)
         ce, teacher_ce = cross_entropies[0].sum(), cross_entropies[1].sum()
-        loss = torch.zeros_like(kl)
-        for weight, value in ((self.kl_weight, kl), (self.ce_weight, ce)):
-            if weight:  # an infinite cross-entropy of no weight must not make the loss NaN
-                loss = loss + weight * value
-        return FusedLoss(loss, kl, ce, teacher_ce, agreement, self.valid.sum().to(kl.dtype))
+        terms = dict(zip(TERMS, parts, strict=True))
+        loss = self.weights.total(terms | {"ce": ce})
+        return FusedLoss(loss=loss, **terms, ce=ce, teacher_ce=teacher_ce, agreement=agreement,
+                         num_tokens=self.valid.sum().to(parts.dtype))
+
+
+def _blocks(logits: Tensor, scratch: Tensor) -> list[slice]:
+    """Rows that are worked on at a time: as many as `scratch` has."""
+    return [slice(start, min(start + len(scratch), len(logits))) for start in range(0, len(logits), len(scratch))]
+
+
+def _cosine_sums(logits: list[Tensor], scratch: Tensor) -> dict[str, Tensor]:
+    """This rank's part of the dot product of both sides' logits and of their squares, [C] each."""
+    pairs = {"dot": (0, 1), "student_square": (0, 0), "teacher_square": (1, 1)}
+    sums = {name: logits[0].new_empty(len(logits[0])) for name in pairs}
+    for rows in _blocks(logits[0], scratch):
+        for name, (one, other) in pairs.items():  # multiplied, then summed pairwise: a GEMV is biased in float32
+            work = torch.mul(logits[one][rows], logits[other][rows], out=scratch[: rows.stop - rows.start])
+            torch.sum(work, 1, out=sums[name][rows])
+    return sums

@@ -11,7 +11,8 @@ import torch
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.data.batch import Batch
-from nemo_minitron.distill.terms import tokens_first
+from nemo_minitron.distill.terms import TeacherStates, tokens_first, vocabulary_shard
+from nemo_minitron.distill.top_k import TopK, teacher_top_k
 from nemo_minitron.model.build import load_model, transformer_config
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.layout import Layout
@@ -26,14 +27,20 @@ class Teacher:
     the step through a forward-only pipeline pass of the teacher first.
     """
 
-    def __init__(self, arch: ArchSpec, path: Path, layout: Layout, *, bf16: bool = False) -> None:
-        """Read this rank's slices of the checkpoint in `path`."""
+    def __init__(self, arch: ArchSpec, path: Path, layout: Layout, *, bf16: bool = False, top_k: int | None = None,
+                 chunk_tokens: int = 256) -> None:
+        """Read this rank's slices of the checkpoint in `path`.
+
+        With `top_k` it hands over its likeliest tokens, worked out `chunk_tokens` tokens at a time.
+        """
         self.arch = arch
         self.layout = layout
         self.model = load_model(arch, path, transformer_config(arch, layout, bf16=bf16))
         self.model.requires_grad_(False)
         self.model.eval()
-        self._prepared: list[torch.Tensor] = []
+        self.top_k = top_k
+        self.chunk_tokens = chunk_tokens
+        self._prepared: list[TeacherStates | TopK] = []
 
     @property
     def head(self) -> torch.Tensor:
@@ -46,15 +53,20 @@ class Teacher:
         Every rank must call this before the student's schedule starts; `states` then hands them out in order.
         """
         if self.layout.pp > 1:
-            self._prepared = forward_only(self.model, batches, num_microbatches=len(batches), consume=self._flatten)
+            self._prepared = forward_only(self.model, batches, num_microbatches=len(batches), consume=self._hand_over)
 
-    def states(self, batch: Batch) -> torch.Tensor:
-        """Final hidden states of `batch`, `[S*B, Ht]` without gradient (last stage only)."""
+    def states(self, batch: Batch) -> TeacherStates | TopK:
+        """What the loss needs of `batch`, without gradient (last stage only)."""
         if self.layout.pp > 1:
             return self._prepared.pop(0)
         with torch.no_grad():
-            return self._flatten(self.model(batch.tokens, batch.position_ids, None), batch)
+            return self._hand_over(self.model(batch.tokens, batch.position_ids, None), batch)
 
-    def _flatten(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _hand_over(self, hidden: torch.Tensor, batch: Batch) -> TeacherStates | TopK:
         assert groups.is_last_stage()
-        return tokens_first(hidden, sequence_parallel=self.model.config.sequence_parallel)
+        hidden = tokens_first(hidden, sequence_parallel=self.model.config.sequence_parallel)
+        if self.top_k is None:
+            return TeacherStates(hidden=hidden, head=self.head)
+        return teacher_top_k(hidden, self.head, k=self.top_k, labels=batch.labels.t().reshape(-1),
+                             loss_mask=batch.loss_mask.t().reshape(-1), chunk_tokens=self.chunk_tokens,
+                             **vocabulary_shard(self.model))

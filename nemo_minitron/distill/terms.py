@@ -8,6 +8,7 @@ denominator is the global number of valid tokens whatever the micro-batch size, 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -17,10 +18,12 @@ from megatron.core.tensor_parallel import (
 )
 
 from nemo_minitron.data.batch import Batch
-from nemo_minitron.distill.fused_kl import fused_linear_loss
+from nemo_minitron.distill.fused_kl import FusedLoss, fused_linear_loss
+from nemo_minitron.distill.losses import CROSS_ENTROPY, LossWeights
+from nemo_minitron.distill.top_k import TopK, fused_top_k_loss
 from nemo_minitron.model.build import HiddenStateGPT
 
-METERS = ("loss", "kl", "ce", "teacher_ce", "agreement", "tokens")
+METERS = (*FusedLoss._fields[:-1], "tokens")
 """Order of `LossTerms.sums`: all are sums over valid tokens, losses in nats."""
 
 
@@ -35,6 +38,14 @@ class LossTerms:
     loss_sum: torch.Tensor
     num_tokens: torch.Tensor
     sums: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherStates:
+    """What the teacher hands over of one micro-batch: hidden states, and the LM head that makes logits of them."""
+
+    hidden: torch.Tensor  # [S*B, Ht], no gradient
+    head: torch.Tensor  # [v, Ht], sharded over TP like the student's
 
 
 def tokens_first(hidden_SBH: torch.Tensor, *, sequence_parallel: bool) -> torch.Tensor:
@@ -56,43 +67,39 @@ def loss_terms(
     student_hidden: torch.Tensor,
     batch: Batch,
     *,
-    teacher_hidden: torch.Tensor | None = None,
-    teacher_head: torch.Tensor | None = None,
-    kl_weight: float = 0.0,
-    ce_weight: float = 1.0,
+    weights: LossWeights = CROSS_ENTROPY,
+    teacher: TeacherStates | TopK | None = None,
     chunk_tokens: int = 256,
 ) -> LossTerms:
-    """kl_weight * KL(teacher || student) + ce_weight * CE, on the last pipeline stage.
+    """The weighted sum of the logits' losses, on the last pipeline stage.
 
     Args:
         student: gives the LM head `[v, Hs]` and the unpadded vocabulary size.
         student_hidden: `[S, B, Hs]`, or `[S/tp, B, Hs]` with sequence parallelism.
         batch: labels and loss mask `[B, S]`.
-        teacher_hidden: `[S*B, Ht]`, no gradient; None without a teacher.
-        teacher_head: `[v, Ht]`, sharded over TP like the student's.
-        kl_weight: factor of the divergence.
-        ce_weight: factor of the cross-entropy.
+        weights: factor of each loss.
+        teacher: hidden states and LM head, or its likeliest tokens; None without a teacher.
         chunk_tokens: tokens worked on at a time.
     """
     head = student.head()
-    fused = fused_linear_loss(
-        # Megatron's mixed-precision wrapper hands out float32; the GEMMs are to run in the head's own type
-        tokens_first(student_hidden.to(head.dtype), sequence_parallel=student.config.sequence_parallel),
-        head,
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
-        labels=batch.labels.t().reshape(-1),
-        loss_mask=batch.loss_mask.t().reshape(-1),
-        vocab_size=student.arch.vocab_size,
-        vocab_start=parallel_state.get_tensor_model_parallel_rank() * head.size(0),
-        group=parallel_state.get_tensor_model_parallel_group(),
-        kl_weight=kl_weight,
-        ce_weight=ce_weight,
-        chunk_tokens=chunk_tokens,
-    )
-    sums = (fused.loss.detach(), fused.kl, fused.ce, fused.teacher_ce, fused.agreement, fused.num_tokens)
+    # Megatron's mixed-precision wrapper hands out float32; the GEMMs are to run in the head's own type
+    hidden = tokens_first(student_hidden.to(head.dtype), sequence_parallel=student.config.sequence_parallel)
+    common: dict[str, Any] = {"labels": batch.labels.t().reshape(-1), "loss_mask": batch.loss_mask.t().reshape(-1),
+                              "weights": weights, "chunk_tokens": chunk_tokens, **vocabulary_shard(student)}
+    if isinstance(teacher, TopK):
+        fused = fused_top_k_loss(hidden, head, target=teacher, **common)
+    else:
+        states = (None, None) if teacher is None else (teacher.hidden, teacher.head)
+        fused = fused_linear_loss(hidden, head, teacher_hidden=states[0], teacher_head=states[1], **common)
     return LossTerms(
         loss_sum=fused.loss,
         num_tokens=fused.num_tokens.to(torch.int32),
-        sums=torch.stack([value.to(torch.float64).reshape(()) for value in sums]),
+        sums=torch.stack([value.detach().to(torch.float64).reshape(()) for value in fused]),
     )
+
+
+def vocabulary_shard(model: HiddenStateGPT) -> dict[str, Any]:
+    """Which part of the vocabulary this rank's LM head has: `vocab_size`, `vocab_start` and `group` of the losses."""
+    return {"vocab_size": model.arch.vocab_size,
+            "vocab_start": parallel_state.get_tensor_model_parallel_rank() * model.head().size(0),
+            "group": parallel_state.get_tensor_model_parallel_group()}

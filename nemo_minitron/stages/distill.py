@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_minitron.config import DistillConfig
+from nemo_minitron.distill.losses import LossWeights
 from nemo_minitron.distill.module import DistillationModule
 from nemo_minitron.distill.teacher import Teacher
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.train import student_arguments, train_stage
 
@@ -15,9 +18,21 @@ def run(context: Context) -> dict[str, Any]:
     config = context.config
     teacher, student = context.teacher(), context.student()
     context.layout.check(teacher.arch, name="teacher", seq_length=config.data.seq_length)
+    top_k = config.distill.top_k if config.distill.loss == "top_k_kl" else None
+    if top_k is not None and top_k > teacher.arch.vocab_size:
+        raise ConfigError("more tokens than the vocabulary has", expected=f"at most {teacher.arch.vocab_size}",
+                          found=str(top_k), key="distill.top_k")
     module = DistillationModule(
-        teacher=Teacher(teacher.arch, teacher.path, context.layout, bf16=config.train.precision == "bf16-mixed"),
-        kl_weight=config.distill.kl_weight, ce_weight=config.distill.ce_weight, **student_arguments(context, student),
+        teacher=Teacher(teacher.arch, teacher.path, context.layout, bf16=config.train.precision == "bf16-mixed",
+                        top_k=top_k, chunk_tokens=config.train.chunk_tokens),
+        weights=loss_weights(config.distill), **student_arguments(context, student),
     )
     result = train_stage(context, "distill", module, start=student, tokens=config.distill.tokens)
     return result | {"teacher_digest": teacher.weights_digest}
+
+
+def loss_weights(distill: DistillConfig) -> LossWeights:
+    """The recipe's choice as factors of every loss; top-k KL takes the place of KL."""
+    chosen = {name: distill.kd_weight if name == distill.loss or (name, distill.loss) == ("kl", "top_k_kl") else 0.0
+              for name in ("kl", "reverse_kl", "js", "mse", "cosine")}
+    return LossWeights(**chosen, ce=distill.ce_weight, temperature=distill.temperature)

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.distill import fused_kl
+from nemo_minitron.distill.losses import LossWeights
 
 WORLD_SIZE = 4
 NUM_TOKENS, CHUNK_TOKENS, NUM_CHUNKS = 11, 4, 3
@@ -33,15 +34,15 @@ def problem(seed, dtype, with_teacher):
     return args
 
 
-def evaluate(args, group, rank, degree):
+def evaluate(args, group, rank, degree, weights):
     """The sums and the gradients by the hidden states (summed over `group`) and by this rank's rows of the head."""
     num_rows = PADDED_VOCAB // degree
     rows = slice(rank * num_rows, (rank + 1) * num_rows)
     local = {name: value[rows].clone() if name.endswith("head") and value is not None else value
              for name, value in args.items()}
     local.update({name: local[name].clone().requires_grad_() for name in GRADS})
-    result = fused_kl.fused_linear_loss(**local, vocab_size=VOCAB, vocab_start=rows.start, group=group, kl_weight=0.5,
-                                        ce_weight=2.0, chunk_tokens=CHUNK_TOKENS)
+    result = fused_kl.fused_linear_loss(**local, vocab_size=VOCAB, vocab_start=rows.start, group=group,
+                                        weights=LossWeights(**weights), chunk_tokens=CHUNK_TOKENS)
     result.loss.backward()
     grad_hidden = local["student_hidden"].grad
     if group is not None:
@@ -49,7 +50,7 @@ def evaluate(args, group, rank, degree):
     return result, grad_hidden, local["student_head"].grad
 
 
-def compare(rank, world_size, *, degree, dtype, with_teacher, tolerance):
+def compare(rank, world_size, *, degree, dtype, with_teacher, tolerance, weights):
     """A job: assert that shards give what the whole vocabulary gives; return the collectives it took.
 
     Below `world_size`, there are data-parallel copies with tokens of their own.
@@ -57,7 +58,7 @@ def compare(rank, world_size, *, degree, dtype, with_teacher, tolerance):
     groups = [dist.new_group(list(range(first, first + degree))) for first in range(0, world_size, degree)]
     group, shard = groups[rank // degree], rank % degree
     args = problem(rank // degree, getattr(torch, dtype), with_teacher)
-    expected, expected_hidden, expected_head = evaluate(args, None, 0, 1)
+    expected, expected_hidden, expected_head = evaluate(args, None, 0, 1, weights)
     ops, all_reduce = [], dist.all_reduce
 
     def counting(tensor, op=dist.ReduceOp.SUM, group=None):
@@ -66,7 +67,7 @@ def compare(rank, world_size, *, degree, dtype, with_teacher, tolerance):
 
     dist.all_reduce = counting
     try:
-        result, grad_hidden, grad_head = evaluate(args, group, shard, degree)
+        result, grad_hidden, grad_head = evaluate(args, group, shard, degree, weights)
     finally:
         dist.all_reduce = all_reduce
     torch.testing.assert_close(tuple(result), tuple(expected), rtol=tolerance, atol=tolerance)
@@ -82,6 +83,18 @@ def compare(rank, world_size, *, degree, dtype, with_teacher, tolerance):
 @pytest.mark.parametrize("degree", [2, 4])
 def test_shards_equal_the_whole_vocabulary(rank_pool, degree, with_teacher, dtype, tolerance):
     collectives = rank_pool(WORLD_SIZE).run(f"{__name__}:compare", degree=degree, dtype=dtype,
-                                            with_teacher=with_teacher, tolerance=tolerance)
+                                            with_teacher=with_teacher, tolerance=tolerance,
+                                            weights={"kl": 0.5, "ce": 2.0})
     per_micro_batch = ["SUM", "MIN"] if with_teacher else []
     assert collectives == [["MAX", "SUM"] * NUM_CHUNKS + per_micro_batch] * WORLD_SIZE
+
+
+@pytest.mark.parametrize(("weights", "collectives"), [
+    ({"reverse_kl": 1.0}, ["MAX", "SUM"]), ({"js": 1.0, "temperature": 2.0}, ["MAX", "SUM", "SUM"]),
+    ({"mse": 1.0, "cosine": 1.0, "ce": 1.0}, ["MAX", "SUM"]),
+], ids=str)
+@pytest.mark.parametrize("degree", [2, 4])
+def test_every_loss_over_shards(rank_pool, degree, weights, collectives):
+    counted = rank_pool(WORLD_SIZE).run(f"{__name__}:compare", degree=degree, dtype="float64", with_teacher=True,
+                                        tolerance=1e-12, weights={"kl": 0.0} | weights)
+    assert counted == [collectives * NUM_CHUNKS + ["SUM", "MIN"]] * WORLD_SIZE

@@ -77,6 +77,7 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
 
 def _module(kind, files, degrees):
     from nemo_minitron.checkpoint.digest import read_checkpoint
+    from nemo_minitron.distill.losses import LossWeights
     from nemo_minitron.distill.module import DistillationModule
     from nemo_minitron.distill.teacher import Teacher
     from nemo_minitron.training.module import TrainingModule
@@ -85,8 +86,8 @@ def _module(kind, files, degrees):
     arguments = {"arch": student.arch, "checkpoint": student.path, "layout": degrees, "chunk_tokens": 12, "bf16": False}
     if kind == "ce":
         return TrainingModule(**arguments), student
-    return DistillationModule(teacher=Teacher(teacher.arch, teacher.path, degrees), kl_weight=0.7, ce_weight=0.3,
-                              **arguments), student
+    return DistillationModule(teacher=Teacher(teacher.arch, teacher.path, degrees),
+                              weights=LossWeights(kl=0.7, ce=0.3), **arguments), student
 
 
 def _held_by_training(module):

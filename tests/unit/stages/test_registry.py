@@ -101,7 +101,7 @@ def test_what_reads_a_missing_result_is_due_with_it(missing, due, context):
     ("optim.lr", 0.5, WITH_CONTROLS[2:]),
     ("train.global_batch_size", 16, WITH_CONTROLS[2:]),
     ("distill.tokens", 512, WITH_CONTROLS[2:]),
-    ("distill.kl_weight", 0.5, ["distill", "evaluate", "report"]),
+    ("distill.kd_weight", 0.5, ["distill", "evaluate", "report"]),
     *[(key, value, []) for key, value in WITHOUT_EFFECT.items()],
 ])
 def test_a_change_makes_due_what_depends_on_it(key, value, due, context):
