@@ -27,7 +27,7 @@ import torch.distributed as dist  # noqa: E402
 from nemo_minitron.arch import ArchSpec  # noqa: E402
 from nemo_minitron.artifacts import Plan, write_json  # noqa: E402
 from nemo_minitron.compose import load_config  # noqa: E402
-from nemo_minitron.data.batch import TokenSamples, calibration_ids  # noqa: E402
+from nemo_minitron.data.batch import Samples  # noqa: E402
 from nemo_minitron.evaluate.loss import heldout_loss  # noqa: E402
 from nemo_minitron.importance.aggregate import BATCH_AGGREGATIONS, Ranking  # noqa: E402
 from nemo_minitron.importance.baselines import magnitude, random_importance  # noqa: E402
@@ -46,10 +46,10 @@ from nemo_minitron.stages.targets import resolved_target, sizes_of  # noqa: E402
 LAYOUT, RANDOM_SEEDS, DROPPED = Layout(), (1, 2, 3), (1, 2)
 
 
-def collect(context: Context, path: Path, arch: ArchSpec, samples: TokenSamples) -> tuple[Scores, Scores]:
+def collect(context: Context, path: Path, arch: ArchSpec, samples: Samples) -> tuple[Scores, Scores]:
     """Everything that any row needs: a pass with each measure, and the scan without layers."""
     config = context.config.importance
-    ids = calibration_ids(samples.spec.num_training_samples, config.num_samples, context.config.seed)
+    ids = samples.calibration_ids(config.num_samples, context.config.seed)
     model = load_model(arch, path, transformer_config(arch, LAYOUT), unfused_norms=True)
     parts = [collect_scores(model, samples, ids, layout=LAYOUT, micro_batch_size=config.micro_batch_size,
                             source_digest="", **chosen)

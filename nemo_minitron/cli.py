@@ -17,6 +17,8 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
   config                   print the composed recipe and start nothing
   scores show PATH         print and plot what was measured, layer by layer
   scores diff A B          rank correlation of two scores, by axis and layer
+  data prepare input=TEXT output=PREFIX tokenizer=DIR [json_key=text] [separator=S] [workers=N]
+                           tokenize text or JSON lines into PREFIX.bin and PREFIX.idx, for data.path
 
   minitron experiment=demo                      prune and distill the embedded teacher
   minitron experiment=demo parallel.tp=2        the same on two tensor-parallel processes
@@ -29,6 +31,7 @@ Exit codes: 0 done, 2 a mistake in the command or its inputs (one line says whic
 TOOLS = {
     ("scores", "show"): "report.scores_command:show",
     ("scores", "diff"): "report.scores_command:diff",
+    ("data", "prepare"): "data.command:prepare",
 }
 """Commands that are no recipe, and the function that takes the rest of the arguments; imported when asked for."""
 

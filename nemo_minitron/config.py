@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 KD_LOSSES = ("kl", "reverse_kl", "js", "mse", "cosine", "top_k_kl")
 STAGES = ("initialize", "correct", "score", "prune", "distill", "ce", "scratch", "evaluate", "report")
 CONTROLS = ("ce", "scratch")
@@ -44,6 +46,17 @@ class ModelConfig:
 
 
 @dataclass
+class BlendSource:
+    """One source of a blend."""
+
+    name: str = MISSING
+    path: str = MISSING
+    """As `data.path`."""
+    weight: float = 1.0
+    """Only proportions count."""
+
+
+@dataclass
 class DataConfig:
     """Text or tokens, cut into samples of `seq_length` tokens, each with an id."""
 
@@ -53,6 +66,10 @@ class DataConfig:
     """A text file, a folder of text files, or the prefix of a .bin/.idx pair; null means corpus."""
     separator: str | None = None
     """String between documents inside a text file; null: each file is one document."""
+    json_key: str = "text"
+    """Where the text is in a line of a `*.jsonl` file."""
+    blend: list[BlendSource] = field(default_factory=list)
+    """Several sources instead of `path`: training and calibration samples by weight, all of their held-out text."""
     num_heldout: int | None = None
     """Number of last documents kept for evaluation; null: `heldout_fraction`."""
     heldout_fraction: float = 0.05

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nemo_minitron.data.blend import Mixture, apportion
 from nemo_minitron.data.indexed import IndexedTokens
-from nemo_minitron.data.samples import SampleSpec
+from nemo_minitron.data.samples import SampleSpec, sample_order
 from nemo_minitron.errors import DataError
 
 
@@ -33,6 +35,34 @@ class Batch:
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()})
 
 
+class Samples(Protocol):
+    """The samples of one split, of one source or several."""
+
+    @property
+    def seq_length(self) -> int:
+        """Predicted tokens a sample."""
+
+    @property
+    def num_evaluation_samples(self) -> int:
+        """All of them; ids are below it."""
+
+    @property
+    def num_training_samples(self) -> int:
+        """Full ones only."""
+
+    def batch(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """Read samples, in the given order."""
+
+    def check_training(self) -> None:
+        """Raise `DataError` where there is nothing to train on."""
+
+    def training_id(self, position: int, seed: int) -> int:
+        """The sample at `position` of the endless training order."""
+
+    def calibration_ids(self, num_wanted: int, seed: int) -> NDArray[np.int64]:
+        """Ascending, distinct ids of full samples, int64 `[num_wanted]`; `DataError` where there are fewer."""
+
+
 class TokenSamples:
     """The samples of one split: `spec` says how many there are, `batch` reads some of them."""
 
@@ -41,6 +71,33 @@ class TokenSamples:
         self.spec = SampleSpec(len(tokens), seq_length)
         self._tokens = tokens
         self._vocab_size = vocab_size
+
+    @property
+    def seq_length(self) -> int:
+        """Predicted tokens a sample."""
+        return self.spec.seq_length
+
+    @property
+    def num_evaluation_samples(self) -> int:
+        """All samples, with the partial one."""
+        return self.spec.num_evaluation_samples
+
+    @property
+    def num_training_samples(self) -> int:
+        """Full samples only."""
+        return self.spec.num_training_samples
+
+    def check_training(self) -> None:
+        """Raise `DataError` when there is not one full sample."""
+        self.spec.check_training()
+
+    def training_id(self, position: int, seed: int) -> int:
+        """The sample at `position` of the training order."""
+        return sample_order(position, self.num_training_samples, seed)
+
+    def calibration_ids(self, num_wanted: int, seed: int) -> NDArray[np.int64]:
+        """Of the full samples, `num_wanted` at random."""
+        return calibration_ids(self.num_training_samples, num_wanted, seed)
 
     def batch(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Read samples, in the given order. The partial last sample is padded with token 0 and mask 0.
@@ -65,6 +122,48 @@ class TokenSamples:
             loss_mask=torch.from_numpy(loss_mask),
             sample_ids=torch.tensor([int(sample_id) for sample_id in sample_ids], dtype=torch.int64),
         )
+
+
+class BlendedSamples:
+    """The samples of several sources, one after another by id; training and calibration take them by weight."""
+
+    def __init__(self, sources: Sequence[Samples], weights: Sequence[float]) -> None:
+        """`sources` and their weights, of the same length; raises `ConfigError` for weights that are none."""
+        assert len(sources) == len(weights) and sources
+        self.sources = list(sources)
+        self.mixture = Mixture(weights)
+        self._starts = np.cumsum([0, *(source.num_evaluation_samples for source in sources)])
+        self.seq_length = sources[0].seq_length
+        self.num_evaluation_samples = int(self._starts[-1])
+        self.num_training_samples = sum(source.num_training_samples for source in sources)
+
+    def batch(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """Read samples of any sources, in the given order; `sample_ids` of the batch are the blend's."""
+        rows = []
+        for sample_id in sample_ids:
+            number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+            rows.append(self.sources[number].batch([int(sample_id - self._starts[number])]))
+        fields = {field.name: torch.cat([getattr(row, field.name) for row in rows])
+                  for field in dataclasses.fields(Batch)}
+        fields["sample_ids"] = torch.tensor([int(sample_id) for sample_id in sample_ids], dtype=torch.int64)
+        return Batch(**fields)
+
+    def check_training(self) -> None:
+        """Raise `DataError` where a source has not one full sample."""
+        for source in self.sources:
+            source.check_training()
+
+    def training_id(self, position: int, seed: int) -> int:
+        """The sample at `position`: the mixture's source, and inside it that source's own order."""
+        number, nth = self.mixture.source_of(position)
+        return int(self._starts[number]) + self.sources[number].training_id(nth, seed)
+
+    def calibration_ids(self, num_wanted: int, seed: int) -> NDArray[np.int64]:
+        """By weight, largest remainders first; `DataError` where a source has too few."""
+        counts = apportion(self.mixture.weights, num_wanted)
+        chosen = [source.calibration_ids(count, seed) + start
+                  for source, count, start in zip(self.sources, counts, self._starts, strict=False)]
+        return np.concatenate(chosen)
 
 
 def calibration_ids(num_samples_available: int, num_wanted: int, seed: int) -> NDArray[np.int64]:

@@ -56,12 +56,12 @@ class PreparedData:
 
 
 def prepare(*, kind: str, directory: Path, tokenizer_directory: Path, path: Path | None = None,
-            separator: str | None = None, num_heldout: int | None = None, heldout_fraction: float = 0.02,
-            calibration_fraction: float = 0.1) -> PreparedData:
+            separator: str | None = None, json_key: str = "text", num_heldout: int | None = None,
+            heldout_fraction: float = 0.02, calibration_fraction: float = 0.1) -> PreparedData:
     """Tokenize the text with the tokenizer in `tokenizer_directory`, or find it done before.
 
-    `path` is needed by "text" and "indexed"; `separator`, `num_heldout`, `heldout_fraction` (and, for "text",
-    `calibration_fraction`) mean what they do in `text`.
+    `path` is needed by "text" and "indexed"; `separator`, `json_key`, `num_heldout`, `heldout_fraction` (and, for
+    "text", `calibration_fraction`) mean what they do in `text`.
 
     Raises:
         ConfigError: An unknown `kind`, a missing `path`, a fraction that is none.
@@ -76,8 +76,9 @@ def prepare(*, kind: str, directory: Path, tokenizer_directory: Path, path: Path
         raise ConfigError("no data", expected=f"a path for kind {kind}", found="none", key="data.path")
     if kind == "indexed":
         return _use_indexed(path, num_heldout, heldout_fraction)
-    documents = split_documents(read_documents(path, separator=separator), num_heldout=num_heldout,
-                                heldout_fraction=heldout_fraction, calibration_fraction=calibration_fraction)
+    documents = split_documents(read_documents(path, separator=separator, json_key=json_key),
+                                num_heldout=num_heldout, heldout_fraction=heldout_fraction,
+                                calibration_fraction=calibration_fraction)
     return _prepare_text(documents, tokenizer_directory, directory)
 
 

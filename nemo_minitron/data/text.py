@@ -10,9 +10,10 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_minitron.data import jsonl
 from nemo_minitron.errors import ConfigError, DataError
 
-SUFFIXES = (".txt", ".md", ".py")
+SUFFIXES = (".txt", ".md", ".py", jsonl.SUFFIX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,12 @@ class Document:
     text: str
 
 
-def read_documents(path: Path, *, separator: str | None = None) -> list[Document]:
-    """Read a file (of any suffix) or every `*.txt`, `*.md` and `*.py` below a folder, sorted by relative path.
+def read_documents(path: Path, *, separator: str | None = None, json_key: str = "text") -> list[Document]:
+    """Read a file (of any suffix) or every `*.txt`, `*.md`, `*.py` and `*.jsonl` below a folder, by relative path.
 
-    A file is one document, or several where `separator` (such as "<|endoftext|>") splits it; then whitespace
-    around each is stripped. Documents of nothing but whitespace and hidden files and folders are left out.
+    Each line of a `*.jsonl` file is a document, the string under `json_key`. Another file is one, or several where
+    `separator` (such as "<|endoftext|>") splits it; then whitespace around each is stripped. Documents of nothing but
+    whitespace and hidden files and folders are left out.
 
     Raises:
         DataError: `path` does not exist, has no text files or only whitespace, or a file is not UTF-8 text.
@@ -40,6 +42,10 @@ def read_documents(path: Path, *, separator: str | None = None) -> list[Document
                         found="none", key="data.path")
     documents = []
     for name, file in files.items():
+        if file.suffix == jsonl.SUFFIX:
+            lines = enumerate(jsonl.read_lines(file, json_key))
+            documents += [Document(f"{name}#{i}", line) for i, line in lines if line.strip()]
+            continue
         text = _read_text(file)
         if separator:
             pieces = [piece.strip() for piece in text.split(separator)]

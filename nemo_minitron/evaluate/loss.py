@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from nemo_minitron.data.batch import Batch, TokenSamples
+from nemo_minitron.data.batch import Batch, Samples
 from nemo_minitron.distill.terms import METERS, loss_terms
 from nemo_minitron.errors import DataError
 from nemo_minitron.model.build import HiddenStateGPT
@@ -30,16 +30,16 @@ class HeldOutLoss:
         return self.nats / max(self.num_tokens, 1)
 
 
-def heldout_loss(model: HiddenStateGPT, samples: TokenSamples, *, layout: Layout, micro_batch_size: int,
+def heldout_loss(model: HiddenStateGPT, samples: Samples, *, layout: Layout, micro_batch_size: int,
                  max_samples: int | None = None, chunk_tokens: int = 256) -> HeldOutLoss:
     """Cross-entropy of `model` on `samples` (all of them, or `max_samples` spread evenly over them).
 
     Replicas take turns at micro-batches; each gets the same number, the last ones filled up with masked
     samples. Every rank must call this, and every rank gets the result.
     """
-    total = samples.spec.num_evaluation_samples
+    total = samples.num_evaluation_samples
     if not total:
-        raise DataError("no held-out text", expected="at least two tokens", found=str(samples.spec.num_tokens),
+        raise DataError("no held-out text", expected="at least two tokens", found="fewer",
                         key="data.num_heldout")
     count = total if max_samples is None else min(total, max_samples)
     ids = np.linspace(0, total - 1, count).astype(np.int64)
@@ -58,7 +58,7 @@ def heldout_loss(model: HiddenStateGPT, samples: TokenSamples, *, layout: Layout
     return HeldOutLoss(nats=float(sums[METERS.index("ce")]), num_tokens=int(sums[METERS.index("tokens")]))
 
 
-def padded_batch(samples: TokenSamples, ids: np.ndarray, size: int) -> Batch:
+def padded_batch(samples: Samples, ids: np.ndarray, size: int) -> Batch:
     """The samples `ids`, filled up to `size` with masked copies of sample 0: the pipeline wants equal shapes."""
     batch = samples.batch([*ids.tolist(), *[0] * (size - len(ids))])
     batch.loss_mask[len(ids):] = 0.0

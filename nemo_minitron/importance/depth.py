@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_minitron.data.batch import Batch, TokenSamples
+from nemo_minitron.data.batch import Batch, Samples
 from nemo_minitron.distill.terms import METERS, loss_terms, tokens_first
 from nemo_minitron.evaluate.choices import Option, option_batch
 from nemo_minitron.evaluate.likelihood import row_nats
@@ -53,7 +53,7 @@ class DepthScan:
     naive_layer_forwards: int
 
 
-def scan_depth(model: HiddenStateGPT, samples: TokenSamples, sample_ids: npt.NDArray[np.int64], *, layout: Layout,
+def scan_depth(model: HiddenStateGPT, samples: Samples, sample_ids: npt.NDArray[np.int64], *, layout: Layout,
                micro_batch_size: int, metrics: Sequence[str], block_lengths: Sequence[int] = (1,),
                iterative: bool = False, questions: Sequence[Question] = (), options: Sequence[Option] = (),
                chunk_tokens: int = 256, say: Callable[[str], None] = lambda text: None) -> DepthScan:
@@ -114,7 +114,7 @@ def _store(tensors: dict[str, npt.NDArray[np.float64]], metric: str, values: npt
         first += len(group)
 
 
-def _turns(samples: TokenSamples, ids: npt.NDArray[np.int64], size: int, layout: Layout) -> list[Batch]:
+def _turns(samples: Samples, ids: npt.NDArray[np.int64], size: int, layout: Layout) -> list[Batch]:
     """This replica's micro-batches, as many on every replica, the last ones filled up with masked samples."""
     turns = -(-len(ids) // (size * layout.dp))
     starts = [(turn * layout.dp + groups.dp_rank()) * size for turn in range(turns)]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_minitron.artifacts import digest_json
-from nemo_minitron.data.batch import Batch, TokenSamples
+from nemo_minitron.data.batch import Batch, Samples
 from nemo_minitron.evaluate.loss import padded_batch
 from nemo_minitron.importance.scores import BLOCK_INFLUENCE, SEQUENCE_STATISTICS, Scores, width_shape
 from nemo_minitron.importance.statistics import head_norms, sequence_statistics, token_cosines
@@ -50,7 +50,7 @@ MEASURES = {
 }
 
 
-def collect_scores(model: HiddenStateGPT, samples: TokenSamples, sample_ids: np.ndarray, *, layout: Layout,
+def collect_scores(model: HiddenStateGPT, samples: Samples, sample_ids: np.ndarray, *, layout: Layout,
                    micro_batch_size: int, source_digest: str, neurons: str = "post_activation",
                    heads: str = "channels") -> Scores:
     """Measure all axes in one forward pass over `sample_ids`. Every rank must call this and gets the scores.
@@ -82,7 +82,7 @@ def collect_scores(model: HiddenStateGPT, samples: TokenSamples, sample_ids: np.
     return Scores(
         source=model.arch, num_samples=len(sample_ids), source_digest=source_digest,
         measures={**MEASURES, "ffn": NEURONS[neurons], "heads": HEADS[heads], "groups": HEADS[heads]},
-        samples_digest=digest_json({"ids": sample_ids.tolist(), "seq_length": samples.spec.seq_length}),
+        samples_digest=digest_json({"ids": sample_ids.tolist(), "seq_length": samples.seq_length}),
         tensors=collector.reduce(),
     )
 

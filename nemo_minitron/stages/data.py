@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from nemo_minitron.arch import ArchSpec
-from nemo_minitron.data.batch import TokenSamples
+from nemo_minitron.artifacts import digest_json
+from nemo_minitron.config import BlendSource
+from nemo_minitron.data.batch import BlendedSamples, Samples, TokenSamples
+from nemo_minitron.data.blend import Mixture
 from nemo_minitron.data.prepare import PreparedData, prepare
 from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.data.tokenizer import check_tokenizer, load_tokenizer
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 
 
-def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -> PreparedData:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeData:
+    """The recipe's data under one tokenizer: one source, or several with weights."""
+
+    sources: list[PreparedData]
+    weights: list[float] | None
+
+    @property
+    def digest(self) -> str:
+        """Identifies text, split, tokenizer and weights."""
+        if self.weights is None:
+            return self.sources[0].digest
+        return digest_json([[source.digest, weight] for source, weight in zip(self.sources, self.weights, strict=True)])
+
+    @property
+    def num_heldout_bytes(self) -> int | None:
+        """UTF-8 size of all held-out text; None where of a source only tokens are known."""
+        sizes = [source.num_heldout_bytes for source in self.sources]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -> RecipeData:
     """Token files of the recipe's data under this tokenizer; every rank must call this.
 
     Raises:
@@ -23,20 +49,42 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
     context.check_seq_length(arch)
     check_tokenizer(load_tokenizer(tokenizer_directory), arch.vocab_size)
 
-    def find_or_make() -> PreparedData:
+    def find_or_make_source(path: str | None) -> PreparedData:
         return prepare(
-            kind=resolve_kind(data.kind, data.path), directory=context.data_dir,
-            tokenizer_directory=tokenizer_directory, path=None if data.path is None else Path(data.path),
-            separator=data.separator,
+            kind=resolve_kind(data.kind, path), directory=context.data_dir,
+            tokenizer_directory=tokenizer_directory, path=None if path is None else Path(path),
+            separator=data.separator, json_key=data.json_key,
             num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction,
             calibration_fraction=data.calibration_fraction,
         )
+
+    def find_or_make() -> RecipeData:
+        check_blend(data.blend, data.path)
+        if not data.blend:
+            return RecipeData(sources=[find_or_make_source(data.path)], weights=None)
+        return RecipeData(sources=[find_or_make_source(source.path) for source in data.blend],
+                          weights=[source.weight for source in data.blend])
 
     made = find_or_make() if context.rank == 0 else None
     context.barrier()
     return made or find_or_make()
 
 
-def split_samples(context: Context, prepared: PreparedData, split: str, arch: ArchSpec) -> TokenSamples:
+def check_blend(blend: list[BlendSource], path: str | None) -> None:
+    """Raise `ConfigError` for a blend beside a path, names that are not distinct, or weights that are none."""
+    if not blend:
+        return
+    if path is not None:
+        raise ConfigError("a path and a blend", expected="data.path or data.blend", found="both", key="data.blend")
+    names = [source.name for source in blend]
+    if len(set(names)) < len(names):
+        raise ConfigError("bad blend", expected="a name of its own for each source", found=", ".join(names),
+                          key="data.blend")
+    Mixture([source.weight for source in blend])
+
+
+def split_samples(context: Context, prepared: RecipeData, split: str, arch: ArchSpec) -> Samples:
     """Samples of "train", "calibration" or "heldout"."""
-    return TokenSamples(prepared.open(split), context.config.data.seq_length, vocab_size=arch.vocab_size)
+    sources = [TokenSamples(source.open(split), context.config.data.seq_length, vocab_size=arch.vocab_size)
+               for source in prepared.sources]
+    return sources[0] if prepared.weights is None else BlendedSamples(sources, prepared.weights)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Checkpoint, read_json, write_json
-from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.evaluate.loss import heldout_loss
 from nemo_minitron.model.build import load_model, transformer_config
 from nemo_minitron.stages.context import Context
-from nemo_minitron.stages.data import prepared_data, split_samples
+from nemo_minitron.stages.data import RecipeData, prepared_data, split_samples
 from nemo_minitron.stages.registry import is_current
 
 MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch"}
@@ -54,7 +53,7 @@ def _measure(context: Context, name: str, checkpoint: Checkpoint) -> dict[str, A
     return record
 
 
-def _loss(context: Context, checkpoint: Checkpoint, prepared: PreparedData) -> dict[str, Any]:
+def _loss(context: Context, checkpoint: Checkpoint, prepared: RecipeData) -> dict[str, Any]:
     """Loss in nats/token over every predicted held-out token, and in bits per byte of the held-out text."""
     model = load_model(checkpoint.arch, checkpoint.path, transformer_config(checkpoint.arch, context.layout))
     samples = split_samples(context, prepared, "heldout", checkpoint.arch)

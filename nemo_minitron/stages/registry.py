@@ -92,6 +92,9 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     if "data" in part:
         kind, path = part["data"]["kind"], part["data"].pop("path")
         part["data"] |= {"kind": resolve_kind(kind, path), "digest": source_digest(kind, path)}
+        for source in part["data"]["blend"]:
+            found = source.pop("path")
+            source |= {"kind": resolve_kind(kind, found), "digest": source_digest(kind, found)}
     if stage == "score":
         part["importance"] = _what_is_collected(part["importance"])
         if context.config.importance.iterations > 1:

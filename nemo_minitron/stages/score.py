@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Checkpoint
-from nemo_minitron.data.batch import TokenSamples, calibration_ids
+from nemo_minitron.data.batch import Samples
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.evaluate.choices import encode_options
 from nemo_minitron.evaluate.questions import read_questions
@@ -36,7 +36,7 @@ def run(context: Context) -> dict[str, Any]:
         return _without_data(context, teacher)
     prepared = prepared_data(context, teacher.path, teacher.arch)
     samples = split_samples(context, prepared, "calibration", teacher.arch)
-    ids = calibration_ids(samples.spec.num_training_samples, config.importance.num_samples, config.seed)
+    ids = samples.calibration_ids(config.importance.num_samples, config.seed)
     context.layout.check(teacher.arch, name="teacher", seq_length=config.data.seq_length)
     scores = _collect(context, teacher, teacher.arch, teacher.path, samples, ids)
     facts: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def _without_data(context: Context, teacher: Checkpoint) -> dict[str, Any]:
     return {"scores_digest": scores.digest(), "num_samples": 0, "tokens": 0}
 
 
-def _collect(context: Context, teacher: Checkpoint, arch: ArchSpec, path: Path, samples: TokenSamples,
+def _collect(context: Context, teacher: Checkpoint, arch: ArchSpec, path: Path, samples: Samples,
              ids: np.ndarray) -> Scores:
     """One pass over `ids` with the model in `path`, the teacher or what is left of it."""
     config = context.config.importance
@@ -77,11 +77,11 @@ def _collect(context: Context, teacher: Checkpoint, arch: ArchSpec, path: Path, 
 
 
 def _with_depth(context: Context, teacher: Checkpoint, scores: Scores,
-                samples: TokenSamples) -> tuple[Scores, dict[str, Any]]:
+                samples: Samples) -> tuple[Scores, dict[str, Any]]:
     """Add what dropping layers does to the model, and how many layer forwards that took."""
     config = context.config
     depth = config.importance.depth
-    ids = calibration_ids(samples.spec.num_training_samples, depth.num_samples, config.seed)
+    ids = samples.calibration_ids(depth.num_samples, config.seed)
     questions = [] if depth.task is None or "accuracy" not in depth.metrics else read_questions(Path(depth.task))
     options = encode_options(questions, load_tokenizer(teacher.path), config.data.seq_length) if questions else []
     model = load_model(teacher.arch, teacher.path, transformer_config(teacher.arch, context.layout))
@@ -93,7 +93,7 @@ def _with_depth(context: Context, teacher: Checkpoint, scores: Scores,
                                                           "naive_layer_forwards": scan.naive_layer_forwards}
 
 
-def _iterate(context: Context, teacher: Checkpoint, scores: Scores, samples: TokenSamples,
+def _iterate(context: Context, teacher: Checkpoint, scores: Scores, samples: Samples,
              ids: np.ndarray) -> Scores:
     """Cut towards the target in steps and score again after each; the first step's `scores` are there."""
     config = context.config

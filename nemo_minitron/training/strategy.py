@@ -17,8 +17,8 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins.data_sampler import DataSampler
 from torch.utils.data import DataLoader, IterableDataset
 
-from nemo_minitron.data.batch import Batch, TokenSamples
-from nemo_minitron.data.samples import positions_for, sample_order
+from nemo_minitron.data.batch import Batch, Samples
+from nemo_minitron.data.samples import positions_for
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import device
 from nemo_minitron.parallel.layout import Layout
@@ -62,24 +62,23 @@ class StepSampler(DataSampler):
 class TrainingOrder(IterableDataset):
     """This replica's micro-batches from `first_step` on, without end; keyed by position, so resumable at any DP."""
 
-    def __init__(self, samples: TokenSamples, *, seed: int, global_batch_size: int, micro_batch_size: int,
+    def __init__(self, samples: Samples, *, seed: int, global_batch_size: int, micro_batch_size: int,
                  layout: Layout) -> None:
         """Raises `DataError` for less than one sample of text, `ConfigError` for sizes that do not divide."""
         self.samples = samples
         self.seed = seed
         self.sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size,
                       "dp_rank": groups.dp_rank(), "dp_size": layout.dp}
-        samples.spec.check_training()
+        samples.check_training()
         positions_for(0, **self.sizes)
         self.first_step = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches in order, on this rank's device."""
         step = self.first_step
-        num_samples = self.samples.spec.num_training_samples
         while True:
             for positions in positions_for(step, **self.sizes):
-                yield self.samples.batch([sample_order(p, num_samples, self.seed) for p in positions]).to(device())
+                yield self.samples.batch([self.samples.training_id(p, self.seed) for p in positions]).to(device())
             step += 1
 
 

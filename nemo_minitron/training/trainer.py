@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from nemo_minitron.artifacts import Checkpoint
 from nemo_minitron.checkpoint.save import save_checkpoint
 from nemo_minitron.config import OptimConfig, TrainConfig
-from nemo_minitron.data.batch import TokenSamples
+from nemo_minitron.data.batch import Samples
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
@@ -42,7 +42,7 @@ class Trained:
 
 def fit(
     module: TrainingModule,
-    samples: TokenSamples,
+    samples: Samples,
     *,
     label: str,
     directory: Path,
@@ -62,7 +62,7 @@ def fit(
         ConfigError: batch sizes that do not divide, or a warm-up longer than the run.
         DataError: text shorter than one sample.
     """
-    seq_length = samples.spec.seq_length
+    seq_length = samples.seq_length
     steps = num_steps(tokens, global_batch_size=train.global_batch_size, seq_length=seq_length)
     check_warmup(optim.warmup_steps, steps)
     order = TrainingOrder(samples, seed=seed, global_batch_size=train.global_batch_size,
