@@ -19,6 +19,10 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
   scores diff A B          rank correlation of two scores, by axis and layer
   data prepare input=TEXT output=PREFIX tokenizer=DIR [json_key=text] [separator=S] [workers=N]
                            tokenize text or JSON lines into PREFIX.bin and PREFIX.idx, for data.path
+  import megatron=DIR config=HF_DIR output=DIR
+                           a Megatron or NeMo distributed checkpoint as a Hugging Face directory, for teacher.path
+  export checkpoint=HF_DIR output=DIR [format=megatron|nemo]
+                           and back
 
   minitron experiment=demo                      prune and distill the embedded teacher
   minitron experiment=demo parallel.tp=2        the same on two tensor-parallel processes
@@ -32,6 +36,8 @@ TOOLS = {
     ("scores", "show"): "report.scores_command:show",
     ("scores", "diff"): "report.scores_command:diff",
     ("data", "prepare"): "data.command:prepare",
+    ("import",): "checkpoint.command:import_command",
+    ("export",): "checkpoint.command:export_command",
 }
 """Commands that are no recipe, and the function that takes the rest of the arguments; imported when asked for."""
 

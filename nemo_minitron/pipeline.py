@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.config import Config
+from nemo_minitron.data.blend import check_blend
 from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
@@ -71,6 +72,10 @@ def check_recipe(context: Context) -> None:
         arch = initial_arch(config.model)
     else:
         arch = read_checkpoint(context.start_path()).arch
+    check_blend(config.data.blend, config.data.path)
+    if config.distill.loss == "top_k_kl" and config.distill.top_k > arch.vocab_size:
+        raise ConfigError("more tokens than the vocabulary has", expected=f"at most {arch.vocab_size}",
+                          found=str(config.distill.top_k), key="distill.top_k")
     if "score" in wanted_stages(context):
         check_depth(arch, config.importance.depth)
     context.check_seq_length(arch)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.config import BlendSource
 from nemo_minitron.errors import ConfigError
 
 CYCLE = 10_000
@@ -41,6 +42,19 @@ class Mixture:
         cycle, index = divmod(position, CYCLE)
         source = int(self._order[index])
         return source, cycle * self._counts[source] + int(self._earlier[index])
+
+
+def check_blend(blend: list[BlendSource], path: str | None) -> None:
+    """Raise `ConfigError` for a blend beside a path, names that are not distinct, or weights that are none."""
+    if not blend:
+        return
+    if path is not None:
+        raise ConfigError("a path and a blend", expected="data.path or data.blend", found="both", key="data.blend")
+    names = [source.name for source in blend]
+    if len(set(names)) < len(names):
+        raise ConfigError("bad blend", expected="a name of its own for each source", found=", ".join(names),
+                          key="data.blend")
+    Mixture([source.weight for source in blend])
 
 
 def apportion(weights: Sequence[float], total: int) -> tuple[int, ...]:

@@ -41,6 +41,14 @@ def start(layout: Layout, *, timeout_s: int) -> None:
     form(layout, timeout_s=timeout_s)
 
 
+def start_alone() -> None:
+    """Form the groups of one process that belongs to no job, without a network port."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda_is_available() else "gloo", store=dist.HashStore(),  # type: ignore[attr-defined]
+                                rank=0, world_size=1)
+    form(Layout(), timeout_s=600)
+
+
 def form(layout: Layout, *, timeout_s: int) -> None:
     """Form Megatron's groups for `layout` in a running process group, replacing any formed before."""
     dissolve()

@@ -7,13 +7,10 @@ from pathlib import Path
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import digest_json
-from nemo_minitron.config import BlendSource
 from nemo_minitron.data.batch import BlendedSamples, Samples, TokenSamples
-from nemo_minitron.data.blend import Mixture
 from nemo_minitron.data.prepare import PreparedData, prepare
 from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.data.tokenizer import check_tokenizer, load_tokenizer
-from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 
 
@@ -59,7 +56,6 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
         )
 
     def find_or_make() -> RecipeData:
-        check_blend(data.blend, data.path)
         if not data.blend:
             return RecipeData(sources=[find_or_make_source(data.path)], weights=None)
         return RecipeData(sources=[find_or_make_source(source.path) for source in data.blend],
@@ -68,19 +64,6 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
     made = find_or_make() if context.rank == 0 else None
     context.barrier()
     return made or find_or_make()
-
-
-def check_blend(blend: list[BlendSource], path: str | None) -> None:
-    """Raise `ConfigError` for a blend beside a path, names that are not distinct, or weights that are none."""
-    if not blend:
-        return
-    if path is not None:
-        raise ConfigError("a path and a blend", expected="data.path or data.blend", found="both", key="data.blend")
-    names = [source.name for source in blend]
-    if len(set(names)) < len(names):
-        raise ConfigError("bad blend", expected="a name of its own for each source", found=", ".join(names),
-                          key="data.blend")
-    Mixture([source.weight for source in blend])
 
 
 def split_samples(context: Context, prepared: RecipeData, split: str, arch: ArchSpec) -> Samples:

@@ -8,7 +8,6 @@ from nemo_minitron.config import DistillConfig
 from nemo_minitron.distill.losses import LossWeights
 from nemo_minitron.distill.module import DistillationModule
 from nemo_minitron.distill.teacher import Teacher
-from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.train import student_arguments, train_stage
 
@@ -19,9 +18,6 @@ def run(context: Context) -> dict[str, Any]:
     teacher, student = context.teacher(), context.student()
     context.layout.check(teacher.arch, name="teacher", seq_length=config.data.seq_length)
     top_k = config.distill.top_k if config.distill.loss == "top_k_kl" else None
-    if top_k is not None and top_k > teacher.arch.vocab_size:
-        raise ConfigError("more tokens than the vocabulary has", expected=f"at most {teacher.arch.vocab_size}",
-                          found=str(top_k), key="distill.top_k")
     module = DistillationModule(
         teacher=Teacher(teacher.arch, teacher.path, context.layout, bf16=config.train.precision == "bf16-mixed",
                         top_k=top_k, chunk_tokens=config.train.chunk_tokens),

@@ -7,7 +7,7 @@ import pytest
 from nemo_minitron.artifacts import Plan
 from nemo_minitron.checkpoint.families import read_arch
 from nemo_minitron.importance.scores import Scores
-from tests.e2e.command import run_well
+from tests.e2e.command import run, run_well
 
 
 def plan_of(run_dir):
@@ -72,3 +72,36 @@ def test_baselines_need_no_text(inputs, tmp_path, method):
     assert f"[score] {method}" in finished.stdout
     assert not (tmp_path / "outputs" / "data").exists()
     assert plan_of(tmp_path / "outputs" / "tiny").target.hidden_size == 24
+
+
+def test_a_blend_is_the_same_on_two_replicas(inputs, tmp_path):
+    """JSON lines and text by weight, from scores to the report; the layout changes no loss."""
+    lines = [path.read_text() for path in sorted(inputs.text.rglob("*")) if path.is_file()]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"body": text[::-1]}) + "\n" for text in lines * 4))
+    blend = f"[{{name: a, path: {inputs.text}, weight: 3}}, {{name: b, path: {tmp_path / 'more.jsonl'}, weight: 1}}]"
+    losses = []
+    for dp in (1, 2):
+        run_well(inputs.arguments(tmp_path / str(dp), data__path=None, data__blend=blend, data__json_key="body",
+                                  distill__tokens=1280, parallel__dp=dp), tmp_path)
+        summary = json.loads((tmp_path / str(dp) / "tiny" / "summary.json").read_text())
+        losses.append([summary["rounds"][0][name]["loss"] for name in ("teacher", "pruned", "distilled")])
+        manifest = json.loads((tmp_path / str(dp) / "tiny" / "round1" / "score" / "manifest.json").read_text())
+        assert [source["name"] for source in manifest["config"]["data"]["blend"]] == ["a", "b"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("changes", "key"), [
+    ({"data__blend": "[{name: a, path: x}]"}, "data.blend"),
+    ({"data__path": None, "data__blend": "[{name: a, path: x}, {name: a, path: y}]"}, "data.blend"),
+    ({"data__path": None, "data__blend": "[{name: a, path: x, weight: 0}]"}, "data.blend"),
+    ({"data__path": None, "data__blend": "[{path: x}]"}, "name"),
+    ({"distill__loss": "mse", "distill__temperature": 2}, "distill.temperature"),
+    ({"distill__loss": "hinge"}, "distill.loss"), ({"distill__temperature": 0}, "distill.temperature"),
+    ({"distill__loss": "top_k_kl", "distill__top_k": 100000}, "distill.top_k"),
+])
+def test_mistakes_in_blends_and_losses_are_one_line_before_anything_runs(inputs, tmp_path, changes, key):
+    finished = run(inputs.arguments(tmp_path / "outputs", **changes), tmp_path)
+    assert finished.code == 2, finished
+    (line,) = finished.stderr.splitlines()
+    assert key in line
+    assert not list(tmp_path.rglob("manifest.json"))
