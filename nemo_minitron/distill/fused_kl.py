@@ -25,7 +25,9 @@ from nemo_minitron.distill.losses import LossWeights
 _MIXED_GEMM = hasattr(torch.ops.aten.mm, "dtype_out")
 NO_TOKEN = torch.iinfo(torch.int64).max
 """Stands for the id of a maximum that another rank holds."""
-_BLOCKS = 4  # parts of a chunk that elementwise work takes in turn: its scratch is a quarter of a chunk
+# Elementwise work takes some rows of a chunk at a time: its scratch is this large, or a quarter of a chunk if less. On
+# CPU it stays in the cache.
+_SCRATCH_BYTES = {"cpu": 2**21, "cuda": 2**26}
 
 
 class FusedLoss(NamedTuple):
@@ -70,8 +72,8 @@ def fused_linear_loss(
     their GEMMs read bfloat16 (so the gradient of the logits is rounded to it) and return float32; elsewhere, and with
     torch < 2.8, both heads are converted once a call.
     Memory beyond inputs and gradients for forward KL and cross-entropy at temperature 1 is 2.25 chunks of logits
-    [C, v] (1.25 without a teacher; half a chunk more where bfloat16 GEMMs are used), for other losses about 4. With
-    `chunk_tokens` = 256, the CPU optimum measured at v = 32768, H = 512 and 1024; a GPU wants 1024 and more.
+    [C, v] or less (1.25 without a teacher; half a chunk more where bfloat16 GEMMs are used), for other losses about 4.
+    With `chunk_tokens` = 256, the CPU optimum measured at v = 32768, H = 512 and 1024; a GPU wants 1024 and more.
 
     Args:
         student_hidden: [T, Hs], all tokens (already gathered over sequence parallel), the same on every TP rank. Its
@@ -192,7 +194,8 @@ class _Chunks:
         dtype, device = student.compute_dtype, student.hidden.device
         chunk = min(self.chunk_tokens, num_tokens)
         buffers = torch.empty((len(sides), chunk, num_columns), dtype=dtype, device=device)
-        scratch = torch.empty((-(-chunk // _BLOCKS), num_columns), dtype=dtype, device=device)
+        rows_at_once = _SCRATCH_BYTES.get(device.type, 2**26) // max(1, num_columns * dtype.itemsize)
+        scratch = torch.empty((max(1, min(rows_at_once, -(-chunk // 4))), num_columns), dtype=dtype, device=device)
         cross_entropies = torch.zeros(2, num_tokens, dtype=dtype, device=device)
         divergences = torch.zeros(len(TERMS), num_tokens, dtype=dtype, device=device)
         argmax = torch.empty(len(sides), num_tokens, dtype=torch.int64, device=device)
