@@ -8,10 +8,10 @@ student's. Eager: full fp32 logits of both, softmax, `kl_div`, autograd. ModelOp
 turns; seconds are medians, and ratios are of medians. Memory is the peak above the inputs: on CPU resident bytes of a
 fresh process that does one thing once (glibc told to give freed blocks back at once), on CUDA what the allocator says.
 
-JSON: `time_ratio`, the worst; `memory_ratio_32k` and `_64k`; `memory_over_bound`: peak over grad_W + grad_h + 2.5 chunks
-of local logits, the worst; `collectives_per_chunk`, counted on 2 ranks; `grad_error_ratio`: the fused gradients' error
-norm over eager's, both against float64, the worst; `loss_error`, relative; `tp_difference`: the largest relative
-difference of loss and gradients at TP 2 and 4 from TP 1, fp32.
+JSON: `time_ratio`, the worst; `memory_ratio_32k` and `_64k`; `memory_over_bound`: peak over grad_W + grad_h and 2.5
+chunks of local logits, the worst; `collectives_per_chunk`, counted at TP 2 and 4; `grad_error_ratio`: error norm of the
+fused gradients over eager's, both against float64, the worst; `loss_error`, relative; `tp_difference`: the largest
+relative difference of loss and gradients at TP 2 and 4 from TP 1, fp32.
 """
 
 from __future__ import annotations
