@@ -98,6 +98,7 @@ def _check(config: Config) -> None:
         ("importance.heads", config.importance.heads, ("channels", "tokens")),
         ("importance.ranking", config.importance.ranking, ("per_layer", "summed")),
         ("prune.layers.by", config.prune.layers.by, LAYER_METRICS),
+        ("distill.cache_dtype", config.distill.cache_dtype, ("float16", "float32")),
         ("distill.loss", config.distill.loss, KD_LOSSES),
         ("train.precision", config.train.precision, ("32", "bf16-mixed")),
     )
@@ -140,6 +141,9 @@ def _check(config: Config) -> None:
     if temperature != 1 and config.distill.loss in ("mse", "cosine", "top_k_kl"):
         raise ConfigError("a loss without temperature", expected="1, or kl, reverse_kl or js as distill.loss",
                           found=f"{temperature} with {config.distill.loss}", key="distill.temperature")
+    if config.distill.cached and config.distill.loss != "top_k_kl":
+        raise ConfigError("a cache holds the likeliest tokens only", expected="distill.loss=top_k_kl",
+                          found=config.distill.loss, key="distill.loss or distill.cached")
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 KD_LOSSES = ("kl", "reverse_kl", "js", "mse", "cosine", "top_k_kl")
-STAGES = ("initialize", "correct", "score", "prune", "distill", "ce", "scratch", "evaluate", "report")
+STAGES = ("initialize", "correct", "score", "prune", "cache_teacher", "distill", "ce", "scratch", "evaluate", "report")
 CONTROLS = ("ce", "scratch")
 LAYER_METRICS = ("block_influence", "loss", "accuracy", "logit_mse", "removal_order")
 
@@ -274,6 +274,12 @@ class DistillConfig:
     """Divides the logits of kl, reverse_kl and js, whose value is multiplied by its square."""
     top_k: int = 64
     """Tokens of top_k_kl; the rest of the vocabulary is one bucket."""
+    cached: bool = False
+    """Read the teacher's likeliest tokens from disk (stage cache_teacher) instead of running it; needs top_k_kl."""
+    cache: str | None = None
+    """Folder of a cache from another run; null: that of the stage cache_teacher."""
+    cache_dtype: str = "float16"
+    """How log-probabilities are stored: float16 or float32."""
     ce_weight: float = 0.0
     """Weight of the cross-entropy with the text, nats/token."""
 

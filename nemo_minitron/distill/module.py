@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_minitron.data.batch import Batch
+from nemo_minitron.distill.cache import CachedTeacher
 from nemo_minitron.distill.divergences import TERMS
 from nemo_minitron.distill.losses import LossWeights
 from nemo_minitron.distill.teacher import Teacher
@@ -18,7 +19,7 @@ class DistillationModule(TrainingModule):
     Source: arXiv:2407.14679, section 3; forward KL on the logits alone is its best practice 5.
     """
 
-    def __init__(self, *, teacher: Teacher, weights: LossWeights, **student: Any) -> None:
+    def __init__(self, *, teacher: Teacher | CachedTeacher, weights: LossWeights, **student: Any) -> None:
         """`teacher` stays outside of the module tree: not trained, not wrapped, not saved."""
         super().__init__(**student)
         self.teacher = teacher
@@ -42,4 +43,4 @@ class DistillationModule(TrainingModule):
     @property
     def needs_batches(self) -> bool:
         """Only a teacher that is itself a pipeline must run before the student's schedule."""
-        return self.teacher.layout.pp > 1
+        return self.teacher.runs_ahead

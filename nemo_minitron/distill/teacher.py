@@ -5,6 +5,7 @@ It is no parameter of the trained module, in no optimizer, gradient buffer or ch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -52,12 +53,25 @@ class Teacher:
 
         Every rank must call this before the student's schedule starts; `states` then hands them out in order.
         """
-        if self.layout.pp > 1:
-            self._prepared = forward_only(self.model, batches, num_microbatches=len(batches), consume=self._hand_over)
+        if self.runs_ahead:
+            self._prepared = self._over(batches, len(batches))
+
+    def top_k_of(self, batches: Iterable[Batch], *, num_microbatches: int) -> list[TopK]:
+        """The likeliest tokens of each of `batches`, in a pass of its own; nothing on stages before the last."""
+        assert self.top_k is not None
+        return [states for states in self._over(batches, num_microbatches) if isinstance(states, TopK)]
+
+    def _over(self, batches: Iterable[Batch], num_microbatches: int) -> list[TeacherStates | TopK]:
+        return forward_only(self.model, batches, num_microbatches=num_microbatches, consume=self._hand_over)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it must run before the student's schedule: a pipeline of stages."""
+        return self.layout.pp > 1
 
     def states(self, batch: Batch) -> TeacherStates | TopK:
         """What the loss needs of `batch`, without gradient (last stage only)."""
-        if self.layout.pp > 1:
+        if self.runs_ahead:
             return self._prepared.pop(0)
         with torch.no_grad():
             return self._hand_over(self.model(batch.tokens, batch.position_ids, None), batch)

@@ -61,6 +61,7 @@ STAGES: dict[str, Stage] = {
     "correct": Stage(function="correct:run", inputs=("start",), config=(*_TRAINING, "correct")),
     "score": Stage(function="score:run", inputs=(TEACHER,), config=("importance", "data", "seed")),
     "prune": Stage(function="prune:run", inputs=(TEACHER, "score"), config=("prune", "importance"), ranks=False),
+    "cache_teacher": Stage(function="cache_teacher:run", inputs=(TEACHER,), config=(*_TRAINING, "distill")),
     "distill": Stage(function="distill:run", inputs=(TEACHER, "prune"), config=(*_TRAINING, "distill")),
     "ce": Stage(function="controls:run_ce", inputs=("prune",), config=(*_TRAINING, "distill")),
     "scratch": Stage(function="controls:run_scratch", inputs=("prune",), config=(*_TRAINING, "distill")),
@@ -102,6 +103,14 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     if stage == "prune":
         part["importance"] = _how_it_is_ranked(context)
         part["prune"].pop("scores")
+    if stage == "cache_teacher":
+        part.pop("optim")
+        part["train"] = {key: part["train"][key] for key in ("global_batch_size", "precision")}
+        part["distill"] = {key: part["distill"][key] for key in ("tokens", "top_k", "cache_dtype")}
+    if stage == "distill":
+        part["distill"].pop("cache")
+        if not part["distill"]["cached"]:
+            part["distill"].pop("cache_dtype")
     if stage in ("ce", "scratch"):
         part["distill"] = {"tokens": part["distill"]["tokens"]}
     return part
