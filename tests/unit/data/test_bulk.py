@@ -17,6 +17,7 @@ from nemo_minitron.data.indexed import build, token_dtype, write_index
 from nemo_minitron.data.tokenizer import encode_documents, load_tokenizer
 from nemo_minitron.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.timeout(240)  # processes that import transformers, on a machine that may be busy
 TOKENIZER = Path(__file__).parents[3] / "models" / "sympy-llama-2.8m"
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(300)]
 TEXTS[7] = "  \n"
