@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pickle  # noqa: S403  only for the unpickler below, which resolves no name of the file
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from nemo_minitron.errors import CheckpointError
 METADATA_FILE = ".metadata"
 _RECORD_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 _TRACKER = "latest_checkpointed_iteration.txt"
+_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, IndexError, EOFError, ArithmeticError, MemoryError,
+               RecursionError, pickle.UnpicklingError)  # what a stream of other bytes makes an unpickler raise
+_CONVERT = "a torch_dist one (Megatron-LM converts: --ckpt-convert-format torch_dist --ckpt-convert-save DIR)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class DistributedCheckpoint:
         self.directory = find_checkpoint(directory)
         try:
             self.tensors = _tensors(_read_metadata(self.directory / METADATA_FILE))
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError, EOFError, pickle.UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise CheckpointError(f"bad metadata {self.directory / METADATA_FILE}", key="megatron",
                                   expected="what PyTorch's distributed checkpoints have",
                                   found=f"{type(error).__name__}: {error}") from None
@@ -86,13 +90,14 @@ class DistributedCheckpoint:
         path = self.directory / chunk.file
         try:
             with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < chunk.begin + chunk.length:
+                    raise CheckpointError(f"truncated file {path}", found=f"{size} bytes", key="megatron",
+                                          expected=f"{chunk.length} bytes at {chunk.begin} for {name}")
                 file.seek(chunk.begin)
                 data = file.read(chunk.length)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}", found=error.strerror or str(error), key="megatron") from None
-        if len(data) < chunk.length:
-            raise CheckpointError(f"truncated file {path}", found=str(len(data)), key="megatron",
-                                  expected=f"{chunk.length} bytes at {chunk.begin} for {name}")
         try:
             part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types
@@ -112,18 +117,18 @@ def find_checkpoint(directory: Path) -> Path:
     """
     candidates = [directory, directory / "weights"]
     if (directory / _TRACKER).is_file():
-        latest = (directory / _TRACKER).read_text(encoding="utf-8").strip()
-        candidates.append(directory / (f"iter_{int(latest):07d}" if latest.isdigit() else Path(latest).name))
+        latest = (directory / _TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        candidates.append(directory / (f"iter_{int(latest):07d}" if latest.isdecimal() else Path(latest).name))
     for candidate in candidates:
         if (candidate / METADATA_FILE).is_file():
             return candidate
     for candidate in candidates:
         if any(candidate.glob("mp_rank_*")):
             raise CheckpointError("a checkpoint of the old format", found=f"mp_rank_* in {candidate}", key="megatron",
-                                  expected="a torch_dist one (Megatron-LM: --ckpt-format torch_dist)")
+                                  expected=_CONVERT)
         if any(candidate.glob("*/.zarray")):
             raise CheckpointError("a zarr checkpoint", found=f".zarray in {candidate}", key="megatron",
-                                  expected="a torch_dist one (megatron-core's dist_checkpointing can convert it)")
+                                  expected=_CONVERT)
     raise CheckpointError("no distributed checkpoint", expected=f"{METADATA_FILE} in {directory} or its weights/",
                           found="none" if directory.is_dir() else "no such folder", key="megatron")
 
@@ -147,8 +152,8 @@ class _RecordUnpickler(pickle.Unpickler):  # noqa: S301  find_class hands out no
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
             return tuple
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if f"{module}.".startswith(_RECORD_MODULES) or module.startswith("pathlib"):
@@ -188,6 +193,14 @@ def _tensors(metadata: Any) -> dict[str, StoredTensor]:
                                       key="megatron")
             chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, int(info.offset),
                                 int(info.length)))
+            _check_bounds(name, tuple(entry.size), chunks[-1])
         dtype = entry.properties.dtype if hasattr(entry.properties, "dtype") else entry.properties.values[0]
         tensors[name] = StoredTensor(tuple(entry.size), dtype, tuple(chunks))
     return tensors
+
+
+def _check_bounds(name: str, shape: tuple[int, ...], chunk: Chunk) -> None:
+    """Raise `ValueError` unless the chunk lies within its tensor and has a place in a file."""
+    bounds = list(zip(chunk.offsets, chunk.sizes, shape, strict=True))
+    if chunk.begin < 0 or chunk.length < 0 or any(at < 0 or size < 0 or at + size > end for at, size, end in bounds):
+        raise ValueError(f"chunk at {chunk.offsets} of {chunk.sizes} in {name} of {shape}")

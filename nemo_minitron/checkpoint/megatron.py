@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,20 @@ from numpy.typing import NDArray
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import read_json, write_json
-from nemo_minitron.checkpoint.directory import copy_tokenizer_files, prepare_partial, publish_partial
-from nemo_minitron.checkpoint.distributed import DistributedCheckpoint, StoredTensor
+from nemo_minitron.checkpoint.directory import (
+    copy_tokenizer_files,
+    partial_directory,
+    prepare_partial,
+    publish_partial,
+)
+from nemo_minitron.checkpoint.distributed import DistributedCheckpoint
 from nemo_minitron.checkpoint.families import FAMILIES, HFTensor, hf_config, read_arch, tensor_axes
 from nemo_minitron.checkpoint.families.table import LAYER, ParameterRow, Vocab
 from nemo_minitron.checkpoint.numbers import SAFETENSORS_DTYPES, TORCH_DTYPES, to_numpy
-from nemo_minitron.checkpoint.tensors import TensorWriter
+from nemo_minitron.checkpoint.tensors import TensorReader, TensorWriter
 from nemo_minitron.errors import CheckpointError
 
+_MODEL = ("embedding.", "decoder.", "output_layer.")
 _PREFIX = re.compile(r"^(?:(?:module|model|state_dict)\.)+")
 
 
@@ -32,7 +40,7 @@ def import_megatron(directory: Path, config_dir: Path, output: Path) -> ArchSpec
     """Write the weights of the distributed checkpoint in `directory` as the Hugging Face directory `output`.
 
     `config_dir` gives `config.json` (the architecture: a checkpoint does not say it in a form that is safe to read)
-    and the tokenizer. Tensors keep their stored type. Memory: the largest parameter of Megatron's, twice.
+    and the tokenizer. Tensors keep their stored type. Memory: the largest parameter or stored chunk, a few times over.
 
     Raises:
         ArchError, CheckpointError: a configuration or checkpoint that cannot be read, or one that is not of the other.
@@ -42,31 +50,38 @@ def import_megatron(directory: Path, config_dir: Path, output: Path) -> ArchSpec
         raise CheckpointError("the output exists", expected="a new folder", found=str(output), key="output")
     source = _Source(DistributedCheckpoint(directory), arch)
     wanted = tensor_axes(arch)
+    source.check(wanted)
     dtypes = {name: source.dtype(row, tensor) for row, layer in _rows(arch)
               for name, tensor in _made(row, layer, wanted).items()}
-    partial = prepare_partial(output)
-    try:
-        planned = [(name, dtypes[name], tensor.shape) for name, tensor in wanted.items()]
+    planned = [(name, dtypes[name], tensor.shape) for name, tensor in wanted.items()]
+    with _published(output) as partial:
         with TensorWriter(partial, planned) as writer:
             for row, layer in _rows(arch):
-                tensors = _made(row, layer, wanted)
-                arrays = row.transform.merge([to_numpy(source.read(row, layer, list(tensors.values())))], arch)
-                for name, array in zip(tensors, arrays, strict=True):
+                arrays = row.transform.merge([to_numpy(source.read(row, layer))], arch)
+                for name, array in zip(_made(row, layer, wanted), arrays, strict=True):
                     writer.write(name, array)
         config = hf_config(arch, read_json(config_dir / "config.json"))
         config.pop("dtype", None)
         config["torch_dtype"] = str(TORCH_DTYPES[planned[0][1]]).removeprefix("torch.")
         write_json(partial / "config.json", config)
         copy_tokenizer_files(config_dir, partial)
+    return arch
+
+
+@contextmanager
+def _published(output: Path) -> Iterator[Path]:
+    """The partial directory of `output`, renamed to it at the end; removed after an exception."""
+    try:
+        partial = prepare_partial(output)
+        yield partial
+        publish_partial(output)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_directory(output), ignore_errors=True)
         raise CheckpointError("the checkpoint cannot be written", found=error.strerror or str(error),
                               expected=f"room to write in {output.parent}", key="output") from None
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_directory(output), ignore_errors=True)
         raise
-    publish_partial(output)
-    return arch
 
 
 def _rows(arch: ArchSpec) -> list[tuple[ParameterRow, int | None]]:
@@ -110,33 +125,53 @@ class _Source:
                                   expected=", ".join(SAFETENSORS_DTYPES.values()), found=str(dtype), key="megatron")
         return SAFETENSORS_DTYPES[dtype]
 
-    def read(self, row: ParameterRow, layer: int | None, tensors: list[HFTensor]) -> torch.Tensor:
-        """The global parameter; `CheckpointError` where its shape is not what the architecture makes of it."""
+    def read(self, row: ParameterRow, layer: int | None) -> torch.Tensor:
+        """The global parameter; `check` comes first."""
         name, stacked = self.find(row, layer)
-        self._check_shape(name, self.checkpoint.tensors[name], row, tensors, stacked)
         return self.checkpoint.read(name, layer=stacked)
 
-    def _check_shape(self, name: str, stored: StoredTensor, row: ParameterRow, tensors: list[HFTensor],
-                     stacked: int | None) -> None:
+    def check(self, wanted: dict[str, HFTensor]) -> None:
+        """Raise `CheckpointError` unless the checkpoint has the architecture's parameters in their shapes, and no more.
+
+        One more, such as a bias that `config.json` does not know of, would be another model.
+        """
+        used: set[str] = set()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for row, layer in _rows(self.arch):
+            name, stacked = self.find(row, layer)
+            if row.megatron[0] not in shapes:
+                shapes[row.megatron[0]] = self._shape(row, list(_made(row, layer, wanted).values()))
+            expected, found = shapes[row.megatron[0]], self.checkpoint.tensors[name].shape
+            if stacked is not None:
+                expected = (self.arch.num_layers, *expected)
+            padded = isinstance(row.transform, Vocab) and found[1:] == expected[1:] and found > expected
+            if found != expected and not padded:
+                raise CheckpointError(f"{name} in {self.checkpoint.directory} does not fit config.json", key="config",
+                                      expected=f"shape {expected}", found=f"shape {found}")
+            used.add(name)
+        others = [name for plain, name in self._names.items()
+                  if plain.startswith(_MODEL) and "_extra_state" not in plain and name not in used]
+        if others:
+            raise CheckpointError(f"{self.checkpoint.directory} has parameters that config.json does not know of",
+                                  expected=f"a {self.arch.family} of {self.arch.num_layers} layers", key="config",
+                                  found=", ".join(sorted(others)[:3]) + (", ..." if len(others) > 3 else ""))
+
+    def _shape(self, row: ParameterRow, tensors: list[HFTensor]) -> tuple[int, ...]:
+        """Global shape of a parameter of Megatron's, from those of its Hugging Face tensors."""
         shapes = {tensor.name: tensor.shape for tensor in tensors}
 
         def fetch(name: str, *, rows: slice | None = None, cols: slice | None = None) -> NDArray[Any]:
             return np.broadcast_to(np.uint8(0), shapes[name])[rows or slice(None)]
 
-        expected = row.transform.read(fetch, tensors, self.arch, tp_rank=0, tp_size=1).shape
-        if stacked is not None:
-            expected = (self.arch.num_layers, *expected)
-        padded = isinstance(row.transform, Vocab) and stored.shape[1:] == expected[1:] and stored.shape > expected
-        if stored.shape != expected and not padded:
-            raise CheckpointError(f"{name} in {self.checkpoint.directory} does not fit config.json", key="config",
-                                  expected=f"shape {expected}", found=f"shape {stored.shape}")
+        return row.transform.read(fetch, tensors, self.arch, tp_rank=0, tp_size=1).shape
 
 
 def export_megatron(checkpoint: Path, output: Path, *, nemo: bool = False) -> None:
     """Save the Hugging Face directory `checkpoint` as a Megatron-core distributed checkpoint, the new folder `output`.
 
     With `nemo` as NeMo lays it out: in `output/weights`, names starting with `module.`; NeMo's `context`, Python
-    objects of its own model classes, is not written. Loads the whole model in this process, which must be alone.
+    objects of its own model classes, is not written. BF16 where all stored tensors are, else float32. Loads the whole
+    model in this process, which must be alone.
 
     Raises:
         ArchError, CheckpointError: `checkpoint` cannot be read, or `output` exists.
@@ -148,20 +183,27 @@ def export_megatron(checkpoint: Path, output: Path, *, nemo: bool = False) -> No
 
     open_cpu_door()
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from nemo_minitron.model.build import load_model, transformer_config
     from nemo_minitron.parallel import groups
     from nemo_minitron.parallel.layout import Layout
 
-    layout = Layout()
+    with TensorReader(checkpoint) as reader:
+        bf16 = all(reader.dtype(name) == "BF16" for name in tensor_axes(arch))
     groups.start_alone()
-    groups.seed_everything(0)
-    write_checkpoints_in_process()
-    bf16 = read_json(checkpoint / "config.json").get("torch_dtype") == "bfloat16"
-    model = load_model(arch, checkpoint, transformer_config(arch, layout, bf16=bf16))
-    partial = prepare_partial(output)
-    weights = partial / "weights" if nemo else partial
-    weights.mkdir(exist_ok=True)
-    dist_checkpointing.save(model.sharded_state_dict(prefix="module." if nemo else ""), str(weights))
-    publish_partial(output)
-    groups.stop()
+    try:
+        groups.seed_everything(0)
+        write_checkpoints_in_process()
+        model = load_model(arch, checkpoint, transformer_config(arch, Layout(), bf16=bf16))
+        with _published(output) as partial:
+            weights = partial / "weights" if nemo else partial
+            weights.mkdir(exist_ok=True)
+            try:
+                dist_checkpointing.save(model.sharded_state_dict(prefix="module." if nemo else ""), str(weights))
+            except CheckpointException as error:  # a BaseException, whatever the reason: the reasons are in it
+                raise OSError("; ".join(str(reason) for reason, _ in error.failures.values())) from None
+            except RuntimeError as error:  # torch.save's for a full disk
+                raise OSError(str(error).splitlines()[0]) from None
+    finally:
+        groups.stop()

@@ -1,5 +1,7 @@
 """Distributed checkpoints that Megatron itself saved under several layouts, and those we save, there and back."""
 
+import contextlib
+import io
 import json
 import os
 import pickle  # noqa: S403  to write what must be refused
@@ -7,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from nemo_minitron.checkpoint.distributed import METADATA_FILE, DistributedCheckpoint
@@ -109,16 +112,32 @@ def test_the_newest_iteration_is_taken(saved, tmp_path):
     assert_same(tmp_path / "imported", hf)
 
 
+EXPORTED = ("llama tied", "qwen2", "qwen3", "nemotron", "nemotron in bf16")
+
+
 @pytest.fixture(scope="module")
 def exported(rank_pool, tmp_path_factory):
-    """Of two families: the Hugging Face directory, and what `minitron export` wrote in both formats."""
+    """Of every family: the Hugging Face directory, and what `minitron export` wrote in both formats."""
     made = {}
-    for name in ("qwen2", "nemotron"):
+    for name in EXPORTED:
         folder = tmp_path_factory.mktemp("exported")
-        write_model(MODELS[name], folder / "hf")
+        write_model(MODELS[name.removesuffix(" in bf16")], folder / "hf")
+        if name.endswith("in bf16"):
+            round_to_bf16(folder / "hf")
         rank_pool(1).run(f"{__name__}:export", hf=str(folder / "hf"), out=str(folder))
         made[name] = folder
     return made
+
+
+def round_to_bf16(hf):
+    """Store BF16, and say so as newer versions of `transformers` do: under `dtype`."""
+    for path in hf.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path,
+                                    metadata={"format": "pt"})
+    config = json.loads((hf / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (hf / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
 
 
 def export(rank, world_size, *, hf, out):
@@ -145,11 +164,90 @@ def test_megatron_loads_what_is_exported_under_any_layout(exported, rank_pool, n
 
 
 @pytest.mark.parametrize("kind", ["megatron", "nemo"])
-def test_there_and_back_is_bit_equal(exported, tmp_path, kind):
-    for name, folder in exported.items():
-        code = main(["import", f"megatron={folder / kind}", f"config={folder / 'hf'}", f"output={tmp_path / name}"])
-        assert code == 0
-        assert_same(tmp_path / name, folder / "hf")
+@pytest.mark.parametrize("name", EXPORTED)
+def test_there_and_back_is_bit_equal(exported, tmp_path, name, kind):
+    folder, out = exported[name], tmp_path / "imported"
+    assert main(["import", f"megatron={folder / kind}", f"config={folder / 'hf'}", f"output={out}"]) == 0
+    assert_same(out, folder / "hf")
+    kinds = {tensor.dtype for tensor in read_llama(out).values()}
+    assert kinds == {torch.bfloat16 if name.endswith("bf16") else torch.float32}
+
+
+def load_with_extra_state(rank, world_size, *, hf, saved):
+    """A job: load into what Transformer Engine's layers ask for besides weights, strictly and as the README says."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from nemo_minitron.checkpoint.families import read_arch
+    from nemo_minitron.model.build import build_model, transformer_config
+
+    with formed("1x1") as degrees:
+        arch = read_arch(Path(hf))
+        model = build_model(arch, transformer_config(arch, degrees))
+
+        def wanted():
+            key = "decoder.layers.self_attention.core_attention._extra_state"
+            layers = {str(layer): ShardedObject(key, io.BytesIO(), (arch.num_layers,), (layer,))
+                      for layer in range(arch.num_layers)}
+            return model.sharded_state_dict() | layers
+
+        try:
+            dist_checkpointing.load(wanted(), saved)
+            strictly = "loaded"
+        except CheckpointException as error:
+            strictly = str(error)
+        loaded = dist_checkpointing.load(wanted(), saved, strict="log_unexpected")
+        return strictly, loaded["decoder.final_layernorm.weight"].tolist()
+
+
+def test_the_state_of_transformer_engine_is_left_out_by_a_load_that_only_logs(exported, rank_pool):
+    folder = exported["llama tied"]
+    [(strictly, norm)] = rank_pool(1).run(f"{__name__}:load_with_extra_state", hf=str(folder / "hf"),
+                                          saved=str(folder / "megatron"))
+    assert "_extra_state" in strictly
+    assert norm == read_llama(folder / "hf")["model.norm.weight"].tolist()
+
+
+def export_what_cannot_be(rank, world_size, *, hf, out):
+    """A job: exports that fail, each with its exit code; the last two while files may only be so many bytes long."""
+    import resource
+
+    from megatron.core import dist_checkpointing
+
+    from nemo_minitron.parallel import groups
+
+    codes = [main(["export", f"checkpoint={hf}", f"output={hf}"]),
+             main(["export", f"checkpoint={hf}/nothing", f"output={out}"])]
+    save, stop, groups.stop = dist_checkpointing.save, groups.stop, groups.dissolve  # the worker lives on
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    printed = io.StringIO()
+    try:
+        for size in (200, 60000):  # too little for common.pt, too little for the weights
+
+            def save_limited(*args, size=size):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+                try:
+                    save(*args)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+            dist_checkpointing.save = save_limited
+            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+                codes.append(main(["export", f"checkpoint={hf}", f"output={out}"]))
+    finally:
+        dist_checkpointing.save, groups.stop = save, stop
+    return codes, printed.getvalue()
+
+
+def test_an_export_that_fails_leaves_nothing(exported, rank_pool, tmp_path):
+    hf = exported["llama tied"] / "hf"
+    before = sorted(hf.iterdir())
+    [(codes, printed)] = rank_pool(1).run(f"{__name__}:export_what_cannot_be", hf=str(hf), out=str(tmp_path / "out"))
+    assert codes == [2, 2, 2, 2], printed
+    lines = [line for line in printed.splitlines() if line.startswith("minitron: the checkpoint cannot be written; ")]
+    assert len(lines) == 2 and "Traceback" not in printed
+    assert sorted(hf.iterdir()) == before and not list(tmp_path.iterdir())
 
 
 class Payload:
