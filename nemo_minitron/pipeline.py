@@ -72,7 +72,7 @@ def check_recipe(context: Context) -> None:
         arch = initial_arch(config.model)
     else:
         arch = read_checkpoint(context.start_path()).arch
-    check_blend(config.data.blend, config.data.path)
+    check_blend(config.data.blend, config.data.path, config.data.kind)
     if config.distill.loss == "top_k_kl" and config.distill.top_k > arch.vocab_size:
         raise ConfigError("more tokens than the vocabulary has", expected=f"at most {arch.vocab_size}",
                           found=str(config.distill.top_k), key="distill.top_k")

@@ -18,7 +18,7 @@ def read_lines(path: Path, key: str, *, start: int = 0, end: int | None = None) 
     Consecutive ranges give every line once, wherever they are cut. One line is held in memory at a time.
 
     Raises:
-        DataError: a line that is no JSON object or not UTF-8, has no such key, or no string under it.
+        DataError: a line that is no JSON object or not UTF-8, has no such key, or no string of Unicode under it.
     """
     with open(path, "rb") as file:
         position = start
@@ -41,13 +41,19 @@ def _text(path: Path, position: int, line: bytes, key: str) -> str:
     except UnicodeDecodeError:
         raise DataError("not text", expected=f"UTF-8 in {path}", found=f"other bytes in line {_number(path, position)}",
                         key="the file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("malformed JSON line", expected=expected, key="the file",
                         found=f"in line {_number(path, position)}: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         raise DataError("no text in a JSON line", expected=expected, key="json_key",
                         found=f"{_what_is_there(record, key)} in line {_number(path, position)}")
-    return str(record[key])
+    text = str(record[key])
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("not text", expected=f"Unicode in {path}", key="the file",
+                        found=f"half a surrogate pair (\\ud800 to \\udfff) in line {_number(path, position)}") from None
+    return text
 
 
 def _what_is_there(record: Any, key: str) -> str:

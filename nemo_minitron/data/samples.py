@@ -7,6 +7,7 @@ and after a resume at any step: nothing has to be saved but the step.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -59,12 +60,13 @@ class SampleSpec:
 def sample_order(position: int, num_samples: int, seed: int) -> int:
     """The sample at `position` of the endless training order, in which every epoch is a new permutation."""
     epoch, index = divmod(position, num_samples)
-    return int(_permutation(num_samples, seed, epoch)[index])
+    return int(_epochs(num_samples, seed)(epoch)[index])
 
 
-@lru_cache(maxsize=4)  # a global batch may straddle two epochs; two streams may be read in turn
-def _permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+@lru_cache(maxsize=256)  # the sources of a blend are read in turn
+def _epochs(num_samples: int, seed: int) -> Callable[[int], NDArray[np.int64]]:
+    """Epoch -> permutation, of which the last few are kept: a global batch may straddle two."""
+    return lru_cache(maxsize=4)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(num_samples))
 
 
 def positions_for(step: int, *, global_batch_size: int, micro_batch_size: int, dp_rank: int,

@@ -38,7 +38,7 @@ def _source_files(path: Path, kind: str) -> dict[str, Path]:
     return {file.name: file for file in sorted(found) if file.is_file()}
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=256)  # the sources of a blend are asked for in turn
 def _digest(stamps: tuple[tuple[str, Path, int, int], ...]) -> str:
     """Digest of the files that `stamps` lists; size and time of change say whether they must be read again."""
     total = hashlib.sha256()

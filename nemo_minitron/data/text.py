@@ -46,12 +46,8 @@ def read_documents(path: Path, *, separator: str | None = None, json_key: str = 
             lines = enumerate(jsonl.read_lines(file, json_key))
             documents += [Document(f"{name}#{i}", line) for i, line in lines if line.strip()]
             continue
-        text = _read_text(file)
-        if separator:
-            pieces = [piece.strip() for piece in text.split(separator)]
-            documents += [Document(f"{name}#{i}", piece) for i, piece in enumerate(pieces) if piece]
-        elif text.strip():
-            documents.append(Document(name, text))
+        documents += [Document(f"{name}#{i}" if separator else name, piece)
+                      for i, piece in enumerate(read_pieces(file, separator)) if piece.strip()]
     if not documents:
         raise DataError("no text", expected=f"text in {path}", found="only whitespace", key="data.path")
     return documents
@@ -108,14 +104,23 @@ def text_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in sorted(name.as_posix() for name in visible)}
 
 
-def _read_text(file: Path) -> str:
+def read_pieces(file: Path, separator: str | None, *, key: str = "data.path") -> list[str]:
+    """A file that is no JSON lines as documents, also those of only whitespace.
+
+    Raises `DataError` (naming `key`) where it is not UTF-8 text.
+    """
+    text = _read_text(file, key)
+    return [piece.strip() for piece in text.split(separator)] if separator else [text]
+
+
+def _read_text(file: Path, key: str) -> str:
     """The file's text with its line ends unchanged; binary content is a `DataError` that says where."""
     data = file.read_bytes()
     if (offset := data.find(b"\0")) >= 0:
         raise DataError("not a text file", expected=f"UTF-8 text in {file}", found=f"a NUL byte at offset {offset}",
-                        key="data.path")
+                        key=key)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError("not a text file", expected=f"UTF-8 text in {file}",
-                        found=f"invalid UTF-8 at offset {error.start}", key="data.path") from None
+                        found=f"invalid UTF-8 at offset {error.start}", key=key) from None

@@ -63,8 +63,10 @@ def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int = 2048) 
     return int(tokenizer.get_vocab_size())
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path, *, key: str = "teacher.path") -> PreTrainedTokenizerBase:
     """Load the Hugging Face tokenizer in `directory`, from local files and without running code found there.
+
+    `key` is what the user has to change where that fails.
 
     Raises:
         DataError: There is no tokenizer in `directory`, or `transformers` cannot read it.
@@ -73,13 +75,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     if not _tokenizer_files(directory):
         raise DataError("no tokenizer", expected=f"tokenizer.json or tokenizer.model in {directory}", found="none",
-                        key="teacher.path")
+                        key=key)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises half a dozen types, tokenizers a bare Exception
         raise DataError("unreadable tokenizer", expected=f"a Hugging Face tokenizer in {directory}", found=str(error),
-                        key="teacher.path") from error
+                        key=key) from error
     return tokenizer
 
 

@@ -38,7 +38,7 @@ def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest 
         f"| layers, hidden, FFN | {arch.num_layers}, {arch.hidden_size}, {arch.ffn_hidden_size} |",
         f"| heads, KV groups, head_dim | {arch.num_attention_heads}, {arch.num_query_groups}, {arch.head_dim} |",
         f"| vocabulary | {arch.vocab_size} |",
-        f"| data | {config.data.path or 'the embedded corpus (sources of sympy, see data/sympy.digests)'} |",
+        f"| data | {_data_source(config)} |",
     ]
     if "tokens" in manifest.result:
         lines.append(f"| training tokens | {manifest.result['tokens']:,} in {manifest.result['steps']:,} steps, "
@@ -47,10 +47,15 @@ def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest 
     if record["bits_per_byte"] is not None:
         loss += f"; {record['bits_per_byte']:.4f} bits/byte over {record['num_bytes']:,} bytes"
     lines.append(f"| held-out loss | {loss} |")
-    if config.data.path is None:
+    if config.data.path is None and not config.data.blend:
         lines.append(f"| `xz -9` on the same held-out files | {xz_bits_per_byte():.4f} bits/byte |")
     if stage != "correct":
         lines.append(f"| teacher's held-out loss | {evaluated['teacher']['loss']:.4f} nats/token |")
     lines += [f"| weights digest | sha256 {manifest.result['weights_digest']} |",
               f"| command | `{manifest.world['command']}` (resolved recipe: `config.yaml` of the run) |", ""]
     (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _data_source(config: Config) -> str:
+    blend = ", ".join(f"{source.name} ({source.weight:g})" for source in config.data.blend)
+    return blend or config.data.path or "the embedded corpus (sources of sympy, see data/sympy.digests)"

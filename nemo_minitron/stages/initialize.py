@@ -39,13 +39,19 @@ def initial_arch(model: ModelConfig) -> ArchSpec:
 
 
 def _train_texts(context: Context) -> list[str]:
+    """The train split of the recipe's text, of every source of a blend."""
     data = context.config.data
-    kind = resolve_kind(data.kind, data.path)
-    if kind == "corpus":
-        verify()
-        return [path.read_text(encoding="utf-8") for path in corpus_files("train")]
-    if kind == "indexed" or data.path is None:
-        raise DataError("a tokenizer needs text", expected="data.kind corpus or text", found=kind, key="data.kind")
-    documents = split_documents(read_documents(Path(data.path), separator=data.separator),
-                                num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction)
-    return [document.text for document in documents["train"]]
+    texts: list[str] = []
+    paths: list[str | None] = [source.path for source in data.blend]
+    for path in paths or [data.path]:
+        kind = resolve_kind(data.kind, path)
+        if kind == "corpus":
+            verify()
+            texts += [file.read_text(encoding="utf-8") for file in corpus_files("train")]
+            continue
+        if kind == "indexed" or path is None:
+            raise DataError("a tokenizer needs text", expected="data.kind corpus or text", found=kind, key="data.kind")
+        documents = split_documents(read_documents(Path(path), separator=data.separator, json_key=data.json_key),
+                                    num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction)
+        texts += [document.text for document in documents["train"]]
+    return texts

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_minitron.config import BlendSource
 from nemo_minitron.data.batch import BlendedSamples, TokenSamples
-from nemo_minitron.data.blend import CYCLE, Mixture, apportion
+from nemo_minitron.data.blend import CYCLE, Mixture, apportion, check_blend
 from nemo_minitron.data.indexed import build, open_tokens
-from nemo_minitron.data.samples import positions_for
+from nemo_minitron.data.samples import positions_for, sample_order
 from nemo_minitron.errors import ConfigError, DataError
 
 WEIGHTS = st.lists(st.integers(1, 50), min_size=1, max_size=6)
@@ -20,7 +21,7 @@ WEIGHTS = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 def test_every_source_has_its_share_to_within_one_after_any_number_of_samples(weights):
     mixture = Mixture(weights)
     sources = np.array([mixture.source_of(position)[0] for position in range(2 * CYCLE)])
-    shares = np.array(apportion(weights, CYCLE)) / CYCLE
+    shares = np.array(weights) / sum(weights)
     counts = np.cumsum(sources[:, None] == np.arange(len(weights)), axis=0)
     due = np.arange(1, len(sources) + 1)[:, None] * shares
     assert np.abs(counts - due).max() <= 1 + 1e-6
@@ -30,10 +31,29 @@ def test_every_source_has_its_share_to_within_one_after_any_number_of_samples(we
 @given(weights=WEIGHTS)
 def test_turns_of_a_source_are_numbered_without_a_gap(weights):
     mixture = Mixture(weights)
-    turns = [mixture.source_of(position) for position in range(CYCLE - 50, CYCLE + 50)]
+    turns = [mixture.source_of(position) for position in range(3 * sum(weights) + 7)]
     for source in range(len(weights)):
         mine = [nth for number, nth in turns if number == source]
-        assert mine == list(range(mine[0], mine[0] + len(mine))) if mine else True
+        assert mine == list(range(len(mine)))
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [0.7, 0.2, 0.1], [1 / 8, 2.5]])
+def test_shares_do_not_drift_over_a_long_training(weights):
+    mixture, position = Mixture(weights), 30_000_001
+    seen = {}
+    while len(seen) < len(weights):
+        source, nth = mixture.source_of(position)
+        seen.setdefault(source, (nth, position))
+        position += 1
+    for source, (nth, after) in seen.items():
+        assert abs(nth - after * weights[source] / sum(weights)) <= 1 + 1e-6
+
+
+def test_shares_of_odd_weights_are_rounded_to_a_cycle():
+    weights = [123_456_789, 987_654_321, 1.5e8]
+    mixture = Mixture(weights)
+    sources = np.bincount([mixture.source_of(position)[0] for position in range(CYCLE)])
+    assert tuple(sources) == apportion(weights, CYCLE)
 
 
 @given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), total=st.integers(0, 500))
@@ -78,6 +98,22 @@ def test_replicas_together_see_the_same_step(sources, dp, micro_batch_size):
         expected = tokens_of(blended, range(8 * step, 8 * step + 8)).tolist()
         assert [row for _, row in sorted(seen)] == expected
         assert sum(row[0] >= 100 for row in expected) == 2
+
+
+def test_many_sources_read_in_turn_are_permuted_once_an_epoch(monkeypatch):
+    made = []
+    real = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: made.append(tuple(key)) or real(key))
+    sizes = range(1001, 1021)
+    for position in range(30):
+        for size in sizes:
+            sample_order(position, size, seed=77)
+    assert len(made) == len(sizes)
+
+
+def test_a_blend_of_the_corpus_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.kind"):
+        check_blend([BlendSource(name="a", path="x"), BlendSource(name="b", path="y")], None, "corpus")
 
 
 def test_each_source_is_seen_whole_before_it_repeats(sources):

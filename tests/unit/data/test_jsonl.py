@@ -35,6 +35,8 @@ def test_consecutive_ranges_give_every_line_once_wherever_they_are_cut(tmp_path_
     (b'{"body": 7}', "a int there in line 3.*json_key"),
     (b'{"body": null}', "a NoneType there in line 3"),
     (b'{"body": "\xff"}', "UTF-8 .*line 3"),
+    (b'{"body": "\\udc00"}', "half a surrogate pair .*line 3"),
+    (b'{"body": ' + b"[" * 100_000, "malformed JSON line.*line 3"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "x.jsonl", ["one", "two"])
