@@ -12,7 +12,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config import CONTROLS, KD_LOSSES, LAYER_METRICS, STAGES, Config, OptimConfig
+from nemo_minitron.config import CONTROLS, KD_LOSSES, LAYER_METRICS, STAGES, Config, DistillConfig, OptimConfig
 from nemo_minitron.errors import ConfigError
 
 
@@ -135,17 +135,21 @@ def _check(config: Config) -> None:
             value = getattr(getattr(config, node), name)
             if not value >= 0:  # NaN is not
                 raise ConfigError("bad value", expected="zero or more", found=str(value), key=f"{node}.{name}")
-    temperature = config.distill.temperature
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ConfigError("bad value", expected="a positive number", found=str(temperature), key="distill.temperature")
-    if temperature != 1 and config.distill.loss in ("mse", "cosine", "top_k_kl"):
-        raise ConfigError("a loss without temperature", expected="1, or kl, reverse_kl or js as distill.loss",
-                          found=f"{temperature} with {config.distill.loss}", key="distill.temperature")
-    if config.distill.cached and config.distill.loss != "top_k_kl":
-        raise ConfigError("a cache holds the likeliest tokens only", expected="distill.loss=top_k_kl",
-                          found=config.distill.loss, key="distill.loss or distill.cached")
+    _check_distill(config.distill)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
+
+
+def _check_distill(distill: DistillConfig) -> None:
+    temperature = distill.temperature
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError("bad value", expected="a positive number", found=str(temperature), key="distill.temperature")
+    if temperature != 1 and distill.loss in ("mse", "cosine", "top_k_kl"):
+        raise ConfigError("a loss without temperature", expected="1, or kl, reverse_kl or js as distill.loss",
+                          found=f"{temperature} with {distill.loss}", key="distill.temperature")
+    if distill.cached and distill.loss != "top_k_kl":
+        raise ConfigError("a cache holds the likeliest tokens only", expected="distill.loss=top_k_kl",
+                          found=distill.loss, key="distill.loss or distill.cached")
 
 
 def _first_lines(error: Exception) -> str:

@@ -46,10 +46,6 @@ class Samples(Protocol):
     def num_evaluation_samples(self) -> int:
         """All of them; ids are below it."""
 
-    @property
-    def num_training_samples(self) -> int:
-        """Full ones only."""
-
     def batch(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Read samples, in the given order."""
 
@@ -135,7 +131,6 @@ class BlendedSamples:
         self._starts = np.cumsum([0, *(source.num_evaluation_samples for source in sources)])
         self.seq_length = sources[0].seq_length
         self.num_evaluation_samples = int(self._starts[-1])
-        self.num_training_samples = sum(source.num_training_samples for source in sources)
 
     def batch(self, sample_ids: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Read samples of any sources, in the given order; `sample_ids` of the batch are the blend's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ DTYPES = {"float16": np.float16, "float32": np.float32}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """What a cache is of. Training reads it only where all of this is the same, and k at least what it asks for."""
+    """What a cache is of. Training reads it where both digests and `seq_length` are its own, and k is large enough.
+
+    `dtype` is what log-probabilities are stored in, a key of `DTYPES`.
+    """
 
     teacher_digest: str
     data_digest: str
@@ -68,6 +72,7 @@ def write_shard(path: Path, sample_ids: Sequence[int], parts: Sequence[TopK], ke
     with open(partial, "wb") as file:
         file.write(save(tensors))
         file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

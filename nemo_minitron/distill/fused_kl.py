@@ -154,6 +154,11 @@ class Side:
         """Hidden states [C, H] of a chunk in the GEMM's dtype, zero where not valid (a NaN there must not spread)."""
         return self.hidden[rows].to(self.head.dtype).masked_fill(~valid[rows].unsqueeze(1), 0)
 
+    def grad_buffers(self, head_rows: int) -> tuple[Tensor, Tensor]:
+        """For the gradients by the hidden states [T, H] and by the head, [head_rows, H] with zeros for its padding."""
+        options: Any = {"dtype": self.compute_dtype, "device": self.hidden.device}
+        return torch.empty(self.hidden.shape, **options), torch.zeros(head_rows, self.head.shape[1], **options)
+
     def logits(self, inputs: Tensor, out: Tensor) -> Tensor:
         # `out=` and in-place GEMMs here and below are also what autocast leaves alone.
         if self.head.dtype == self.compute_dtype:
@@ -199,10 +204,7 @@ class _Chunks:
         cross_entropies = torch.zeros(2, num_tokens, dtype=dtype, device=device)
         divergences = torch.zeros(len(TERMS), num_tokens, dtype=dtype, device=device)
         argmax = torch.empty(len(sides), num_tokens, dtype=torch.int64, device=device)
-        grad_hidden = grad_head = None
-        if self.wants_grad:
-            grad_hidden = torch.empty(student.hidden.shape, dtype=dtype, device=device)
-            grad_head = torch.zeros(self.head_rows, student.head.shape[1], dtype=dtype, device=device)
+        grad_hidden, grad_head = student.grad_buffers(self.head_rows) if self.wants_grad else (None, None)
 
         for start in range(0, num_tokens, self.chunk_tokens):
             rows = slice(start, min(start + self.chunk_tokens, num_tokens))
@@ -212,7 +214,8 @@ class _Chunks:
             columns, owned = self._label_columns(rows)
             block, argmax[:, rows] = self._block(logits, columns, owned, self.valid[rows], scratch)
             cross_entropies[: len(sides), rows] = torch.where(self.valid[rows], block.cross_entropies, 0)
-            self._differentiate(block, divergences[:, rows], scratch)
+            if self.teacher or self.wants_grad:
+                self._differentiate(block, divergences[:, rows], scratch)
             if grad_hidden is not None and grad_head is not None:
                 if self.weights.ce and num_columns:
                     logits[0].scatter_add_(1, columns, owned.to(dtype) * -self.weights.ce)

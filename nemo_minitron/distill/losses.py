@@ -127,7 +127,7 @@ def top_k_kl(student_logits: Tensor, teacher_logits: Tensor, loss_mask: Tensor, 
     """Sum over valid tokens of KL(teacher || student) over the teacher's k likeliest tokens and one for all the rest.
 
     Of equal logits the lower id is taken. Merging outcomes never raises a KL, so this is at most `forward_kl`, and
-    equal to it for k >= V - 1. Arguments and result as in `forward_kl`. arXiv:2407.14679, section 4.3 ("top-K").
+    equal to it for k >= V - 1. Arguments and result as in `forward_kl`. arXiv:2407.14679, appendix A.5 ("top-K").
     """
     valid = loss_mask != 0
     student_log_probs = _log_probs(student_logits[valid])

@@ -1,8 +1,8 @@
 """KL over the teacher's likeliest tokens and one bucket for the rest: from a teacher at hand, or from what was stored.
 
 `teacher_top_k` turns the teacher's hidden states into a `TopK`, k numbers a token instead of V; `fused_top_k_loss` is
-the student's half, chunk by chunk like `fused_kl`. `losses.top_k_kl` states the formula (arXiv:2407.14679, section
-4.3).
+the student's half, chunk by chunk like `fused_kl`. `losses.top_k_kl` states the formula (arXiv:2407.14679,
+appendix A.5).
 
 Shape letters: T tokens of the micro-batch, C tokens of a chunk, H hidden, v rows of the LM head on this TP rank.
 """
@@ -132,7 +132,7 @@ def fused_top_k_loss(student_hidden: Tensor, student_head: Tensor, *, target: To
     """Sum over valid tokens of `weights.kl` times the top-k KL and `weights.ce` times cross-entropy, in nats.
 
     Arguments as in `fused_kl.fused_linear_loss`, with `target` in the teacher's place; `weights` may have no other
-    loss, and temperature 1. Two all-reduces a chunk. `kl` of the result is the top-k KL.
+    loss, and temperature 1. Two all-reduces a chunk and one a micro-batch. `kl` of the result is the top-k KL.
     """
     assert weights.kl_and_ce_only and weights.temperature == 1.0
     columns = min(max(vocab_size - vocab_start, 0), len(student_head))
@@ -167,10 +167,7 @@ class _Chunks:
         buffer = torch.empty(min(self.chunk_tokens, num_tokens), len(side.head), dtype=dtype, device=device)
         kl, ce = torch.zeros(2, num_tokens, dtype=dtype, device=device)
         argmax = torch.empty(num_tokens, dtype=torch.int64, device=device)
-        grad_hidden = grad_head = None
-        if self.wants_grad:
-            grad_hidden = torch.empty(side.hidden.shape, dtype=dtype, device=device)
-            grad_head = torch.zeros(self.head_rows, side.head.shape[1], dtype=dtype, device=device)
+        grad_hidden, grad_head = side.grad_buffers(self.head_rows) if self.wants_grad else (None, None)
         for start in range(0, num_tokens, self.chunk_tokens):
             rows = slice(start, min(start + self.chunk_tokens, num_tokens))
             inputs = side.inputs(rows, self.valid)

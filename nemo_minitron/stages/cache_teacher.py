@@ -44,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
                     top_k=key.k, chunk_tokens=config.train.chunk_tokens)
     missing: list[int] = context.share([number for number in range(len(shards))
                                         if not shard_path(directory, number).exists()])
-    size, started = config.importance.micro_batch_size, time.monotonic()
+    size, started = config.evaluate.micro_batch_size, time.monotonic()
     for turn, number in enumerate(missing[groups.dp_rank() :: context.layout.dp]):
         rows = shards[number]
 

@@ -111,6 +111,8 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         part["distill"].pop("cache")
         if not part["distill"]["cached"]:
             part["distill"].pop("cache_dtype")
+        if part["distill"]["loss"] != "top_k_kl":
+            part["distill"].pop("top_k")
     if stage in ("ce", "scratch"):
         part["distill"] = {"tokens": part["distill"]["tokens"]}
     return part
