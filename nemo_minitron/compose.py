@@ -12,7 +12,16 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config import CONTROLS, KD_LOSSES, LAYER_METRICS, STAGES, Config, DistillConfig, OptimConfig
+from nemo_minitron.config import (
+    CONTROLS,
+    KD_LOSSES,
+    LAYER_METRICS,
+    STAGES,
+    Config,
+    DistillConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from nemo_minitron.errors import ConfigError
 
 
@@ -100,7 +109,10 @@ def _check(config: Config) -> None:
         ("prune.layers.by", config.prune.layers.by, LAYER_METRICS),
         ("distill.cache_dtype", config.distill.cache_dtype, ("float16", "float32")),
         ("distill.loss", config.distill.loss, KD_LOSSES),
+        ("distill.teacher.precision", config.distill.teacher.precision or "32", ("32", "bf16", "fp8")),
         ("train.precision", config.train.precision, ("32", "bf16-mixed")),
+        ("train.recompute", config.train.recompute, ("none", "selective", "full")),
+        ("train.last_batch", config.train.last_batch, ("full", "partial")),
     )
     choices += tuple(("importance.depth.metrics", value, ("loss", "accuracy", "logit_mse"))
                      for value in config.importance.depth.metrics)
@@ -116,14 +128,18 @@ def _check(config: Config) -> None:
         "prune.divisors": ("hidden_size", "ffn_hidden_size"),
         "train": ("global_batch_size", "micro_batch_size", "log_every_steps", "checkpoint_every_steps",
                   "eval_samples", "chunk_tokens"),
+        "train.profile": ("first_step", "num_steps"),
+        "train.stop": ("tokens", "steps"),
+        "distill.teacher": ("tp", "pp", "exchange_every_steps"),
+        "distill.intermediate": ("relation_heads",),
         "evaluate": ("micro_batch_size",),
-        "correct": ("tokens",),
+        "correct": ("tokens", "snapshot_every_steps"),
         "distill": ("tokens", "top_k"),
     }
     for node, names in positive.items():
         for name in names:
             value = operator.attrgetter(f"{node}.{name}")(config)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError("bad value", expected="a positive number", found=str(value), key=f"{node}.{name}")
     not_negative = {
         "optim": tuple(field.name for field in dataclasses.fields(OptimConfig)),
@@ -135,12 +151,18 @@ def _check(config: Config) -> None:
             value = getattr(getattr(config, node), name)
             if not value >= 0:  # NaN is not
                 raise ConfigError("bad value", expected="zero or more", found=str(value), key=f"{node}.{name}")
-    _check_distill(config.distill)
+    _check_distill(config.distill, config.train)
+    for name, meaning in (("cp", "context parallelism"), ("interleave", "the interleaved pipeline schedule")):
+        if (value := getattr(config.parallel, name)) != 1:
+            raise ConfigError(f"{meaning} is not supported", expected="1", found=str(value), key=f"parallel.{name}")
+    if config.train.keep_best and not config.train.eval_every_steps:
+        raise ConfigError("no looks at held-out data to find the best", expected="train.eval_every_steps of 1 or more",
+                          found="0", key="train.keep_best")
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
 
 
-def _check_distill(distill: DistillConfig) -> None:
+def _check_distill(distill: DistillConfig, train: TrainConfig) -> None:
     temperature = distill.temperature
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ConfigError("bad value", expected="a positive number", found=str(temperature), key="distill.temperature")
@@ -150,6 +172,18 @@ def _check_distill(distill: DistillConfig) -> None:
     if distill.cached and distill.loss != "top_k_kl":
         raise ConfigError("a cache holds the likeliest tokens only", expected="distill.loss=top_k_kl",
                           found=distill.loss, key="distill.loss or distill.cached")
+    if distill.cached and (distill.intermediate.terms or distill.phases or distill.teacher.snapshots):
+        raise ConfigError("a cache holds one teacher's logits of samples of one length", key="distill.cached",
+                          expected="no distill.intermediate.terms, distill.phases or distill.teacher.snapshots",
+                          found="some of them")
+    alpha = distill.intermediate.alpha
+    if alpha is not None and not (alpha >= 0 and math.isfinite(alpha)):
+        raise ConfigError("bad value", expected="zero or more, or null", found=str(alpha),
+                          key="distill.intermediate.alpha")
+    states = {term.state for term in distill.intermediate.terms}
+    if states and (train.recompute == "full" or (train.recompute == "selective" and "attention" in states)):
+        raise ConfigError("intermediate losses cannot be in what is computed again", key="train.recompute",
+                          expected="none (selective goes with all states but attention)", found=train.recompute)
 
 
 def _first_lines(error: Exception) -> str:

@@ -92,6 +92,10 @@ class ParallelConfig:
     """Data-parallel degree."""
     sequence_parallel: bool = False
     """Shard the norms' activations over the tensor-parallel group, along the sequence."""
+    cp: int = 1
+    """Context-parallel degree: only 1, the losses and the importance know no shards of a sequence."""
+    interleave: int = 1
+    """Model chunks a pipeline stage: only 1, the interleaved schedule is not supported."""
     distributed_optimizer: bool = False
     """Shard optimizer states over data parallelism (needs Transformer Engine or Apex to resume)."""
     num_threads: int | None = None
@@ -200,6 +204,8 @@ class LayersConfig:
 class PruneConfig:
     """What surgery cuts to."""
 
+    student: str | None = None
+    """Hugging Face directory of a smaller model to take instead of cutting the teacher; null: cut."""
     scores: str | None = None
     """Folder of scores of the same model from another run; null: those of the stage `score`."""
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -231,6 +237,38 @@ class OptimConfig:
 
 
 @dataclass
+class StopConfig:
+    """Where a training ends early, whichever comes first; the learning rate goes on as if for the whole of it."""
+
+    tokens: int | None = None
+    """Training tokens."""
+    steps: int | None = None
+    """Steps."""
+    seconds: float | None = None
+    """Seconds in training steps, over all runs of the stage."""
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of a few steps, for Perfetto or chrome://tracing."""
+
+    first_step: int | None = None
+    """First step that is traced, from 1; null: none."""
+    num_steps: int = 3
+
+
+@dataclass
+class PhaseConfig:
+    """A part of a training with sizes of its own; null keeps the recipe's."""
+
+    tokens: int = MISSING
+    """Training tokens, rounded up to whole steps."""
+    seq_length: int | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+
+
+@dataclass
 class TrainConfig:
     """What all training stages share."""
 
@@ -250,6 +288,16 @@ class TrainConfig:
     """Steps between two resume checkpoints."""
     chunk_tokens: int = 256
     """Tokens the loss works on at a time: its memory is proportional to it."""
+    recompute: str = "none"
+    """Activations computed again in the backward pass: none; selective (core attention); full (every layer)."""
+    last_batch: str = "full"
+    """full: the last step has as many samples as every other; partial: no more than the budget of tokens asks for."""
+    keep_best: bool = False
+    """Also keep the weights with the lowest held-out loss of the looks, and let them be the stage's result."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    peak_tflops: float | None = None
+    """Of one device in the training's precision, for model FLOPs utilisation; null: of known GPUs from a table."""
 
 
 @dataclass
@@ -258,6 +306,53 @@ class CorrectConfig:
 
     tokens: int = 1_000_000
     """Training tokens, rounded up to whole steps."""
+    snapshot_every_steps: int | None = None
+    """Steps between two Hugging Face directories of the teacher on its way, for a distillation that runs meanwhile."""
+
+
+@dataclass
+class TeacherPlacementConfig:
+    """Where and how the teacher runs while the student trains."""
+
+    tp: int | None = None
+    """Tensor-parallel degree of the teacher on the same ranks; null: the student's."""
+    pp: int | None = None
+    """Pipeline-parallel degree; null: the student's. Its data-parallel degree is what remains of the ranks."""
+    precision: str | None = None
+    """32, bf16, or fp8 (bf16 weights, fp8 GEMMs of Transformer Engine); null: bf16 with bf16-mixed training."""
+    offload_weights: bool = False
+    """Keep its weights in host memory between steps."""
+    offload_states: bool = False
+    """Keep what it hands over in (pinned) host memory until the student needs it."""
+    snapshots: str | None = None
+    """Folder of snapshots that a run with `correct.snapshot_every_steps` writes meanwhile; null: one teacher."""
+    exchange_every_steps: int = 100
+    """Steps between two looks for a newer snapshot."""
+
+
+@dataclass
+class IntermediateTermConfig:
+    """A state of the teacher that the student is to have too."""
+
+    state: str = MISSING
+    """hidden (output of a layer, after the next norm), embedding, mlp_input, attention (relations, MiniLMv2)."""
+    layers: str = "last-2:last-2"
+    """TEACHER:STUDENT, each a number from 0, last, or last-N."""
+    loss: str = "cosine"
+    """cosine or mse; attention has its own."""
+    weight: float = 1.0
+    """Among the terms."""
+
+
+@dataclass
+class IntermediateConfig:
+    """Losses of intermediate states (arXiv:2407.14679, section 3 and appendix A.6); none unless `terms` has some."""
+
+    terms: list[IntermediateTermConfig] = field(default_factory=list)
+    alpha: float | None = None
+    """Weight of their sum; null: loss of the logits over that sum, of the step before."""
+    relation_heads: int | None = None
+    """Heads that attention's relations are cut into; null: the student's KV groups."""
 
 
 @dataclass
@@ -266,6 +361,10 @@ class DistillConfig:
 
     tokens: int = 1_000_000
     """Training tokens, rounded up to whole steps."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Parts with other batch sizes or sample lengths, one after another in one training, in place of `tokens`."""
+    teacher: TeacherPlacementConfig = field(default_factory=TeacherPlacementConfig)
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     loss: str = "kl"
     """Loss of the logits: kl (of teacher and student, the papers' choice), reverse_kl, js, mse, cosine, or top_k_kl."""
     kd_weight: float = 1.0

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.config import Config
@@ -24,7 +25,8 @@ from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.registry import STAGES, check_inputs, due_stages, wanted_stages
 from nemo_minitron.stages.targets import check_depth, check_layer_metric, how_to_rank, resolved_target
-from nemo_minitron.training.budget import check_warmup, num_steps
+from nemo_minitron.stages.teaching import intermediate_terms, relation_heads, teacher_layout
+from nemo_minitron.training.budget import check_warmup, plan_phases
 
 
 class WorkerError(Exception):
@@ -60,14 +62,11 @@ def check_recipe(context: Context) -> None:
         UserError: a missing or unusable teacher, a target, layout, batch or warm-up that does not fit.
     """
     config, layout = context.config, context.layout
-    if config.train.global_batch_size % (config.train.micro_batch_size * layout.dp):
-        raise ConfigError("batch sizes do not divide", key="train.global_batch_size",
-                          expected="global_batch_size to be a multiple of micro_batch_size * dp",
-                          found=f"{config.train.global_batch_size} and {config.train.micro_batch_size} * {layout.dp}")
-    for stage, tokens in (("correct", config.correct.tokens), ("distill", config.distill.tokens)):
+    for stage, tokens, parts in (("correct", config.correct.tokens, []),
+                                 ("distill", config.distill.tokens, config.distill.phases)):
+        phases = plan_phases(tokens, parts, config.train, seq_length=config.data.seq_length, dp=layout.dp)
         if stage in wanted_stages(context):
-            check_warmup(config.optim.warmup_steps, num_steps(tokens, global_batch_size=config.train.global_batch_size,
-                                                              seq_length=config.data.seq_length))
+            check_warmup(config.optim.warmup_steps, sum(phase.steps for phase in phases))
     if "initialize" in config.stages:
         arch = initial_arch(config.model)
     else:
@@ -81,10 +80,27 @@ def check_recipe(context: Context) -> None:
     context.check_seq_length(arch)
     layout.check(arch, name="teacher", seq_length=config.data.seq_length)
     if "prune" in wanted_stages(context):
-        target = resolved_target(arch, config.prune)
+        if config.prune.student is not None:
+            target = read_checkpoint(Path(config.prune.student)).arch
+        else:
+            target = resolved_target(arch, config.prune)
+            check_layer_metric(arch, target, config.prune, config.importance.depth)
         how_to_rank(config.importance)
-        check_layer_metric(arch, target, config.prune, config.importance.depth)
         layout.check(target, name="target", seq_length=config.data.seq_length)
+        if "distill" in wanted_stages(context):
+            _check_teaching(context, arch, target)
+
+
+def _check_teaching(context: Context, teacher: ArchSpec, student: ArchSpec) -> None:
+    """Find what is wrong with the teacher's layout and the intermediate losses."""
+    distill, layout = context.config.distill, context.layout
+    own = teacher_layout(distill, layout)
+    own.check(teacher, name="teacher", seq_length=context.config.data.seq_length)
+    if distill.cached and own != layout:
+        raise ConfigError("a teacher on disk has no layout", expected="null", found=f"tp={own.tp} pp={own.pp}",
+                          key="distill.teacher.tp or distill.teacher.pp")
+    terms = intermediate_terms(distill, teacher, student)
+    relation_heads(distill, terms, teacher, student, layout.tp)
 
 
 def _record(config: Config, arguments: list[str]) -> None:

@@ -106,6 +106,26 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
                         found=str(pieces), key="teacher.path")
 
 
+def check_same_tokenizer(teacher: Path, student: Path, *, key: str) -> None:
+    """Raise `DataError`, naming the first token that differs, unless both directories' tokenizers have the same tokens.
+
+    Logits are compared token by token, so the same id has to mean the same.
+    """
+    if tokenizer_digest(teacher) == tokenizer_digest(student):
+        return
+    ours, theirs = (sorted(load_tokenizer(path, key=key).get_vocab().items(), key=lambda item: item[1])
+                    for path in (teacher, student))
+    for (own, own_id), (other, other_id) in zip(ours, theirs, strict=False):
+        if (own, own_id) != (other, other_id):
+            raise DataError("the tokenizers differ", expected=f"the teacher's token {own_id} {own!r} (in {teacher})",
+                            found=f"token {other_id} {other!r} (in {student})", key=key)
+    if len(ours) != len(theirs):
+        longer, where = (ours, teacher) if len(ours) > len(theirs) else (theirs, student)
+        token, number = longer[min(len(ours), len(theirs))]
+        raise DataError("the tokenizers differ", expected=f"{len(ours)} tokens, as in {teacher}", key=key,
+                        found=f"{len(theirs)} in {student}; token {number} {token!r} is in {where} alone")
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int32]]:
     """Encode each text as int32 `[num_tokens]`: one leading token, then the ids of the text.
 

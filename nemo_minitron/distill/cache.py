@@ -22,8 +22,11 @@ from safetensors.numpy import save
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.checkpoint.container import read_header
 from nemo_minitron.data.batch import Batch
+from nemo_minitron.distill.teacher import HandedOver
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import CheckpointError, DataError
+from nemo_minitron.parallel import groups
+from nemo_minitron.parallel.clock import Stopwatch
 from nemo_minitron.parallel.cpu import device
 
 INDEX_FILE = "index.json"
@@ -95,6 +98,7 @@ class CachedTeacher:
     """Hands over what a cache holds of each batch, in the teacher's place. Every TP rank of the last stage reads it."""
 
     runs_ahead = False
+    knows_any_text = False
 
     def __init__(self, folder: Path, *, teacher_digest: str, data_digest: str, seq_length: int, k: int) -> None:
         """Open the cache in `folder`.
@@ -122,6 +126,7 @@ class CachedTeacher:
             raise DataError("a cache of fewer tokens", expected=f"at least {k}", found=f"{self.key.k} in {folder}",
                             key="distill.top_k or distill.cache")
         self.k = k
+        self.stopwatch = Stopwatch()
         self._shards = [shard_path(folder, number) for number in range(len(sizes))]
         for path, size in zip(self._shards, sizes, strict=True):
             _check_file(path, size)
@@ -130,6 +135,13 @@ class CachedTeacher:
 
     def prepare(self, batches: list[Batch]) -> None:
         """Nothing to run ahead of the student's schedule."""
+
+    def hand_over(self, batch: Batch) -> HandedOver:
+        """The batch's tokens, on the last pipeline stage; nothing on the others."""
+        if not groups.is_last_stage():
+            return HandedOver()
+        with self.stopwatch:
+            return HandedOver(logits=self.states(batch))
 
     def states(self, batch: Batch) -> TopK:
         """The batch's tokens in the order of the loss, [S * B, k]; `DataError` for a sample that was not cached."""

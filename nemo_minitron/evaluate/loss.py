@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +40,28 @@ def heldout_loss(model: HiddenStateGPT, samples: Samples, *, layout: Layout, mic
     Replicas take turns at micro-batches; each gets the same number, the last ones filled up with masked
     samples. Every rank must call this, and every rank gets the result.
     """
+    sums = heldout_sums(
+        model, samples, layout=layout, micro_batch_size=micro_batch_size, max_samples=max_samples,
+        sums_of=lambda hidden, batch: loss_terms(model, hidden, batch, chunk_tokens=chunk_tokens).sums)
+    return HeldOutLoss(nats=float(sums[METERS.index("ce")]), num_tokens=int(sums[METERS.index("tokens")]))
+
+
+def heldout_sums(model: HiddenStateGPT, samples: Samples, *, layout: Layout, micro_batch_size: int,
+                 max_samples: int | None, sums_of: Callable[[torch.Tensor, Batch], torch.Tensor],
+                 prepare: Callable[[list[Batch]], None] | None = None,
+                 around: Callable[[Batch], AbstractContextManager[Any]] | None = None) -> torch.Tensor:
+    """Sums over held-out tokens, fp64 `[len(METERS)]`, the same on every rank; every rank must call this.
+
+    Args:
+        model: this rank's shard.
+        samples: all of them are measured, or `max_samples` spread evenly over them.
+        layout: the layout whose groups are formed.
+        micro_batch_size: samples a forward pass.
+        max_samples: None: all.
+        sums_of: final hidden state and batch -> the sums of `METERS` (last stage).
+        prepare: called on every rank with this replica's micro-batches first.
+        around: as of `forward_only`.
+    """
     total = samples.num_evaluation_samples
     if not total:
         raise DataError("no held-out text", expected="at least two tokens", found="fewer",
@@ -47,15 +72,13 @@ def heldout_loss(model: HiddenStateGPT, samples: Samples, *, layout: Layout, mic
     rounds = -(-count // (size * layout.dp))
     mine = [ids[first : first + size]
             for first in ((turn * layout.dp + groups.dp_rank()) * size for turn in range(rounds))]
-
-    def sums_of(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return loss_terms(model, hidden, batch, chunk_tokens=chunk_tokens).sums
-
-    batches = (padded_batch(samples, ids, size).to(device()) for ids in mine)
-    results = forward_only(model, batches, num_microbatches=rounds, consume=sums_of)
+    batches: Iterable[Batch] = (padded_batch(samples, ids, size).to(device()) for ids in mine)
+    if prepare is not None:
+        batches = list(batches)
+        prepare(batches)
+    results = forward_only(model, batches, num_microbatches=rounds, consume=sums_of, around=around)
     sums = torch.stack(results).sum(0) if results else torch.zeros(len(METERS), dtype=torch.float64)
-    sums = groups.sum_over_replicas_from_last_stage(sums.to(device()))
-    return HeldOutLoss(nats=float(sums[METERS.index("ce")]), num_tokens=int(sums[METERS.index("tokens")]))
+    return groups.sum_over_replicas_from_last_stage(sums.to(device()))
 
 
 def padded_batch(samples: Samples, ids: np.ndarray, size: int) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class HiddenStateGPT(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
+    def exported_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """`named_parameters()` of the model proper, without what distillation adds and trains beside it."""
+        return ((name, parameter) for name, parameter in self.named_parameters()
+                if not name.startswith("distillation_"))
+
     @property
     def layer_offset(self) -> int:
         """Number of layers on the pipeline stages before this one."""
@@ -71,8 +77,13 @@ def transformer_engine_is_available() -> bool:
     return True
 
 
-def transformer_config(arch: ArchSpec, layout: Layout, *, bf16: bool = False) -> TransformerConfig:
-    """Megatron's configuration for `arch`; fusions that need CUDA kernels only where there is CUDA."""
+def transformer_config(arch: ArchSpec, layout: Layout, *, bf16: bool = False, fp8: bool = False,
+                       recompute: str = "none") -> TransformerConfig:
+    """Megatron's configuration for `arch`; fusions that need CUDA kernels only where there is CUDA.
+
+    `fp8` has Transformer Engine multiply in fp8. `recompute` says which activations are computed again in the backward
+    pass instead of being kept: none; selective, those of the core attention; full, those of every layer.
+    """
     fused = transformer_engine_is_available()
     dtype = torch.bfloat16 if bf16 else torch.float32
     zero_centred = arch.norm == "layernorm_1p"
@@ -90,6 +101,10 @@ def transformer_config(arch: ArchSpec, layout: Layout, *, bf16: bool = False) ->
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=bf16,
         calculate_per_token_loss=True, perform_initialization=False, use_cpu_initialization=not cuda_is_available(),
+        fp8="hybrid" if fp8 else None,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         bias_activation_fusion=fused, bias_dropout_fusion=fused, apply_rope_fusion=fused, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, persist_layer_norm=fused,
     )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime
 import os
 import random
+from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,16 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.parallel.cpu import cuda_is_available, device
 from nemo_minitron.parallel.layout import Layout
+
+
+def megatron_state() -> dict[str, Any]:
+    """Megatron's groups, ranks and sizes, by the names of the private variables that hold them (megatron-core 0.15.3)."""
+    return {name: value for name, value in vars(parallel_state).items()
+            if name == "_global_process_group_list" or (name.startswith("_") and name.isupper())}
+
+
+BLANK_STATE = megatron_state()
+"""The same before any groups are formed: this module, which forms them, has just been imported."""
 
 
 def start(layout: Layout, *, timeout_s: int) -> None:
@@ -52,6 +64,11 @@ def start_alone() -> None:
 def form(layout: Layout, *, timeout_s: int) -> None:
     """Form Megatron's groups for `layout` in a running process group, replacing any formed before."""
     dissolve()
+    initialize(layout, timeout_s=timeout_s)
+
+
+def initialize(layout: Layout, *, timeout_s: int) -> None:
+    """Form Megatron's groups where none are formed; ranks count through tp first, then dp, then pp."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -65,10 +82,15 @@ def dissolve() -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
         parallel_state._global_process_group_list = None
-        for group in dict.fromkeys(formed):
-            if group not in (None, dist.group.WORLD, dist.GroupMember.NON_GROUP_MEMBER):
-                with suppress(ValueError):  # ended with another of the same ranks
-                    dist.destroy_process_group(group)
+        end_groups(formed)
+
+
+def end_groups(formed: Iterable[Any]) -> None:
+    """End process groups; those that are the world, not of this rank, or ended already are passed over."""
+    for group in dict.fromkeys(formed):
+        if group not in (None, dist.group.WORLD, dist.GroupMember.NON_GROUP_MEMBER):
+            with suppress(ValueError):  # ended with another of the same ranks
+                dist.destroy_process_group(group)
 
 
 def seed_everything(seed: int) -> None:
@@ -89,6 +111,11 @@ def stop() -> None:
 def tp_rank() -> int:
     """Rank in the tensor-parallel group."""
     return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tp_size() -> int:
+    """Number of ranks in the tensor-parallel group."""
+    return parallel_state.get_tensor_model_parallel_world_size()
 
 
 def dp_rank() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,6 +21,7 @@ def forward_only(
     *,
     num_microbatches: int,
     consume: Callable[[torch.Tensor, Batch], Result],
+    around: Callable[[Batch], AbstractContextManager[Any]] | None = None,
 ) -> list[Result]:
     """Run `model` without gradients over equally large micro-batches in Megatron's schedule.
 
@@ -29,6 +31,7 @@ def forward_only(
         num_microbatches: how many of them; the same on every rank of the replica.
         consume: called on the last pipeline stage with the final hidden state `[S, B, H]` (after the final
             norm; `[S/tp, B, H]` with sequence parallelism) and its batch.
+        around: a context for the forward pass of each micro-batch, on every stage.
 
     Returns:
         What `consume` returned, in order, on the last stage; an empty list on the others.
@@ -46,7 +49,8 @@ def forward_only(
         def finish(hidden: torch.Tensor, non_loss_data: bool = True) -> Result:
             return consume(hidden, batch)
 
-        return stage(batch.tokens, batch.position_ids, None), finish
+        with around(batch) if around is not None else nullcontext():
+            return stage(batch.tokens, batch.position_ids, None), finish
 
     def rejoined() -> Iterator[Batch]:
         yield first

@@ -10,12 +10,13 @@ import numpy as np
 
 from nemo_minitron.data.batch import Batch
 from nemo_minitron.distill.cache import INDEX_FILE, CacheKey, shard_path, write_cache_index, write_shard
-from nemo_minitron.distill.teacher import Teacher
+from nemo_minitron.distill.teacher import Placement, Teacher
 from nemo_minitron.evaluate.loss import padded_batch
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import device
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import prepared_data, split_samples
+from nemo_minitron.stages.teaching import teacher_precision
 from nemo_minitron.training.budget import num_steps
 
 SHARD_SAMPLES = 256
@@ -40,8 +41,9 @@ def run(context: Context) -> dict[str, Any]:
     positions = range(steps * config.train.global_batch_size)
     ids = np.unique([samples.training_id(position, config.seed) for position in positions])
     shards = np.array_split(ids, -(-len(ids) // SHARD_SAMPLES))
-    model = Teacher(teacher.arch, teacher.path, context.layout, bf16=config.train.precision == "bf16-mixed",
-                    top_k=key.k, chunk_tokens=config.train.chunk_tokens)
+    placement = Placement(precision=teacher_precision(config.distill, config.train))
+    model = Teacher(teacher.arch, teacher.path, context.layout, placement=placement, top_k=key.k,
+                    chunk_tokens=config.train.chunk_tokens)
     missing: list[int] = context.share([number for number in range(len(shards))
                                         if not shard_path(directory, number).exists()])
     size, started = config.evaluate.micro_batch_size, time.monotonic()

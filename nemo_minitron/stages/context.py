@@ -97,11 +97,12 @@ class Context:
 
     def check_seq_length(self, arch: ArchSpec) -> None:
         """Raise `ConfigError` for samples longer than the model's context."""
-        seq_length = self.config.data.seq_length
+        seq_length = max([self.config.data.seq_length,
+                          *(phase.seq_length or 0 for phase in self.config.distill.phases)])
         if seq_length > arch.max_position_embeddings:
             raise ConfigError("samples are longer than the model's context",
                               expected=f"at most {arch.max_position_embeddings} tokens", found=str(seq_length),
-                              key="data.seq_length")
+                              key="data.seq_length or distill.phases")
         if arch.sliding_window is not None and seq_length > arch.sliding_window:
             raise ConfigError("samples are longer than the sliding window that the model attends to",
                               expected=f"at most {arch.sliding_window} tokens", found=str(seq_length),

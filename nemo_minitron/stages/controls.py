@@ -14,7 +14,8 @@ def run_ce(context: Context) -> dict[str, Any]:
     """Train the pruned model by cross-entropy on `distill.tokens` tokens; every rank takes part."""
     student = context.student()
     module = TrainingModule(**student_arguments(context, student))
-    return train_stage(context, "ce", module, start=student, tokens=context.config.distill.tokens)
+    return train_stage(context, "ce", module, start=student, tokens=context.config.distill.tokens,
+                       phases=context.config.distill.phases)
 
 
 def run_scratch(context: Context) -> dict[str, Any]:
@@ -26,4 +27,5 @@ def run_scratch(context: Context) -> dict[str, Any]:
     context.barrier()
     start = context.read(initial)
     module = TrainingModule(**student_arguments(context, start))
-    return train_stage(context, "scratch", module, start=start, tokens=context.config.distill.tokens)
+    return train_stage(context, "scratch", module, start=start, tokens=context.config.distill.tokens,
+                       phases=context.config.distill.phases)

@@ -66,8 +66,10 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
     return made or find_or_make()
 
 
-def split_samples(context: Context, prepared: RecipeData, split: str, arch: ArchSpec) -> Samples:
-    """Samples of "train", "calibration" or "heldout"."""
-    sources = [TokenSamples(source.open(split), context.config.data.seq_length, vocab_size=arch.vocab_size)
+def split_samples(context: Context, prepared: RecipeData, split: str, arch: ArchSpec, *,
+                  seq_length: int | None = None) -> Samples:
+    """Samples of "train", "calibration" or "heldout", of `data.seq_length` tokens or another length."""
+    length = seq_length or context.config.data.seq_length
+    sources = [TokenSamples(source.open(split), length, vocab_size=arch.vocab_size)
                for source in prepared.sources]
     return sources[0] if prepared.weights is None else BlendedSamples(sources, prepared.weights)

@@ -69,6 +69,7 @@ def _finish(context: Context, name: str, result: dict[str, Any], started: float)
                "mkl_cbwr": os.environ.get("MKL_CBWR", ""), "machine": platform.machine()},
     ).write(context.stage_dir(name))
     _forget_resume_points(context.stage_dir(name) / "resume")
+    shutil.rmtree(context.stage_dir(name) / "best", ignore_errors=True)
 
 
 def _forget_resume_points(directory: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import write_json
+from nemo_minitron.artifacts import Checkpoint, write_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
-from nemo_minitron.errors import ScoresError
+from nemo_minitron.data.tokenizer import check_same_tokenizer
+from nemo_minitron.errors import ArchError, ScoresError
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.prune.plan import make_plan
 from nemo_minitron.prune.surgery import prune_checkpoint
@@ -19,6 +22,8 @@ def run(context: Context) -> dict[str, Any]:
     config = context.config
     directory = context.stage_dir("prune")
     teacher = context.teacher()
+    if config.prune.student is not None:
+        return _adopt(context, teacher, Path(config.prune.student))
     scores = Scores.load(context.scores_path())
     if scores.source_digest != teacher.weights_digest:
         raise ScoresError("these scores are of another model", expected=f"weights {teacher.weights_digest[:12]}",
@@ -33,3 +38,25 @@ def run(context: Context) -> dict[str, Any]:
     context.say(f"[prune] non-embedding parameters {source:,} -> {left:,} ({left / source:.1%})")
     return {"weights_digest": pruned.weights_digest, "scores_digest": plan.scores_digest,
             "arch": plan.target.to_dict(), "source_arch": plan.source.to_dict()}
+
+
+def _adopt(context: Context, teacher: Checkpoint, path: Path) -> dict[str, Any]:
+    """Take the model in `path` as the student, where it knows the same tokens."""
+    student = read_checkpoint(path)
+    check_same_tokenizer(teacher.path, path, key="prune.student")
+    if student.arch.vocab_size != teacher.arch.vocab_size:
+        raise ArchError("teacher and student have vocabularies of different size", key="prune.student",
+                        expected=f"{teacher.arch.vocab_size} tokens", found=str(student.arch.vocab_size))
+    directory = context.stage_dir("prune")
+    (directory / "plan.json").unlink(missing_ok=True)
+    partial = directory / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(path, partial)
+    shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+    partial.rename(directory / "checkpoint")
+    source, size = teacher.arch.num_non_embedding_parameters(), student.arch.num_non_embedding_parameters()
+    context.say(f"[prune] {path} is the student: {size:,} non-embedding parameters ({size / source:.1%})")
+    if size > source:
+        context.say("[prune] warning: the student is larger than its teacher")
+    return {"weights_digest": student.weights_digest, "scores_digest": None, "arch": student.arch.to_dict(),
+            "source_arch": teacher.arch.to_dict()}

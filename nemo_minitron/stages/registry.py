@@ -73,14 +73,17 @@ STAGES: dict[str, Stage] = {
 }
 """In the order in which they run."""
 
-_WITHOUT_EFFECT = ("log_every_steps", "eval_every_steps", "eval_samples", "checkpoint_every_steps")
-"""Keys of `train` that change what is printed and saved on the way, not the result."""
+_WITHOUT_EFFECT = ("log_every_steps", "checkpoint_every_steps", "profile", "peak_tflops", "recompute")
+"""Keys of `train` that change what is printed and saved on the way, or how it is computed, not the result."""
+
+_LOOKS = ("eval_every_steps", "eval_samples")
+"""Keys of `train` that change the result only where it is that of the best look."""
 
 
 def wanted_stages(context: Context) -> list[str]:
     """The recipe's stages and controls, in the order in which they run."""
     wanted = {*context.config.stages, *context.config.controls}
-    if context.config.prune.scores is not None:
+    if context.config.prune.scores is not None or context.config.prune.student is not None:
         wanted.discard("score")
     return [stage for stage in STAGES if stage in wanted]
 
@@ -89,7 +92,8 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     """The part of the recipe that the stage's result depends on."""
     part = context.config_part(*STAGES[stage].config)
     if "train" in part:
-        part["train"] = {key: value for key, value in part["train"].items() if key not in _WITHOUT_EFFECT}
+        unused = _WITHOUT_EFFECT if part["train"]["keep_best"] else (*_WITHOUT_EFFECT, *_LOOKS)
+        part["train"] = {key: value for key, value in part["train"].items() if key not in unused}
     if "data" in part:
         kind, path = part["data"]["kind"], part["data"].pop("path")
         part["data"] |= {"kind": resolve_kind(kind, path), "digest": source_digest(kind, path)}
@@ -103,18 +107,26 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     if stage == "prune":
         part["importance"] = _how_it_is_ranked(context)
         part["prune"].pop("scores")
+        if part["prune"].pop("student") is not None:
+            part = {"student": True}
     if stage == "cache_teacher":
         part.pop("optim")
         part["train"] = {key: part["train"][key] for key in ("global_batch_size", "precision")}
+        precision = part["distill"]["teacher"]["precision"]
         part["distill"] = {key: part["distill"][key] for key in ("tokens", "top_k", "cache_dtype")}
+        part["distill"]["teacher_precision"] = precision
+    if stage == "correct":
+        part["correct"].pop("snapshot_every_steps")
     if stage == "distill":
         part["distill"].pop("cache")
+        part["distill"]["teacher"] = {key: part["distill"]["teacher"][key]
+                                      for key in ("precision", "snapshots", "exchange_every_steps")}
         if not part["distill"]["cached"]:
             part["distill"].pop("cache_dtype")
         if part["distill"]["loss"] != "top_k_kl":
             part["distill"].pop("top_k")
     if stage in ("ce", "scratch"):
-        part["distill"] = {"tokens": part["distill"]["tokens"]}
+        part["distill"] = {key: part["distill"][key] for key in ("tokens", "phases")}
     return part
 
 
@@ -141,6 +153,8 @@ def input_digests(context: Context, stage: str) -> dict[str, str] | None:
         digest: str | None
         if name in (TEACHER, "start"):
             digest = _model_digest(context, name)
+        elif name == "score" and context.config.prune.student is not None:
+            digest = outside_digest(Path(context.config.prune.student))
         elif name == "score" and context.config.prune.scores is not None:
             digest = scores_digest(Path(context.config.prune.scores))
         else:
@@ -176,7 +190,8 @@ def is_current(context: Context, stage: str) -> bool:
 
 def _stage_inputs(context: Context, stage: str) -> list[str]:
     """The inputs that are stages of this run: not scores that come from elsewhere."""
-    elsewhere = {"score"} if context.config.prune.scores is not None else set()
+    prune = context.config.prune
+    elsewhere = {"score"} if prune.scores is not None or prune.student is not None else set()
     return [name for name in STAGES[stage].inputs if name in STAGES and name not in elsewhere]
 
 
@@ -207,6 +222,11 @@ def _model_digest(context: Context, name: str) -> str | None:
     if made_here:
         manifest = context.manifest(path.parent.name)
         return None if manifest is None else str(manifest.result["weights_digest"])
+    return outside_digest(path)
+
+
+def outside_digest(path: Path) -> str:
+    """Digest of weights, tokenizer and shape of a model that no stage made; read again only where its files changed."""
     stamps = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns)
                    for file in sorted(path.iterdir() if path.is_dir() else ()) if file.is_file())
     return _outside_digest(path, stamps)
@@ -214,9 +234,6 @@ def _model_digest(context: Context, name: str) -> str | None:
 
 @lru_cache(maxsize=4)
 def _outside_digest(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """Digest of weights, tokenizer and shape of a model that no stage made.
-
-    `stamps` of its files say whether it must be read again.
-    """
+    """`stamps` of its files say whether it must be read again."""
     checkpoint = read_checkpoint(path)
     return digest_json([checkpoint.weights_digest, checkpoint.tokenizer_digest, checkpoint.arch.to_dict()])

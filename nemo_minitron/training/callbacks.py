@@ -19,6 +19,7 @@ import torch.distributed as dist
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.parallel.cpu import cuda_is_available
 from nemo_minitron.training.module import TrainingModule, reduced_step_means
+from nemo_minitron.training.throughput import peak_memory_mib
 
 
 class Meters(pl.Callback):
@@ -26,12 +27,15 @@ class Meters(pl.Callback):
 
     `tokens` counts valid training tokens from the start of the stage, over all replicas. `tokens_per_s` is
     over the steps since the last line, `seconds` the time in training steps over all runs of the stage, with the
-    writing of resume points and without the looks at held-out data.
+    writing of resume points and without the looks at held-out data. Lines with a speed also have `teacher_share` (of
+    the time, rank 0's), `tflops_per_s` (model FLOPs of all ranks, as `throughput` counts them), `mfu` where the
+    device's peak is known, and `peak_memory_mib` of rank 0.
     """
 
-    def __init__(self, path: Path, *, label: str, log_every_steps: int) -> None:
-        """Append to `path`; `label` begins each line of progress."""
+    def __init__(self, path: Path, *, label: str, log_every_steps: int, peak_tflops: float | None = None) -> None:
+        """Append to `path`; `label` begins each line of progress; `peak_tflops` is of one device, TFLOP/s."""
         self.path = path
+        self.peak_tflops = peak_tflops
         self.label = label
         self.log_every_steps = log_every_steps
         self.tokens = 0.0
@@ -48,6 +52,7 @@ class Meters(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget lines of steps that were done after the checkpoint this run goes on from."""
         self._mark, self._mark_tokens, self._last = time.monotonic(), self.tokens, time.monotonic()
+        self._flops = 0.0
         if trainer.is_global_zero:
             keep_lines_until(self.path, trainer.global_step)
             self._file = self.path.open("a", encoding="utf-8")
@@ -59,19 +64,29 @@ class Meters(pl.Callback):
         now = time.monotonic()
         self.seconds += now - self._last
         self._last = now
-        self.tokens += means.pop("tokens")
+        tokens = means.pop("tokens")
+        self.tokens += tokens
+        step = trainer.global_step
+        shows = step % self.log_every_steps == 0 or is_last_step(trainer)
+        self._flops += tokens * pl_module.flops_per_token()
+        teacher_seconds = pl_module.take_teacher_seconds() if shows else 0.0
         if not trainer.is_global_zero:
             return
-        step = trainer.global_step
         logged = trainer.callback_metrics
         line = {"step": step, "tokens": int(self.tokens), **means, "lr": float(logged["lr"]),
                 "grad_norm": float(logged["grad_norm"]), "seconds": round(self.seconds, 3)}
         if pl_module.logger is not None:
             pl_module.logger.log_metrics({f"{self.label}/{name}": value for name, value in means.items()}, step)
-        if step % self.log_every_steps == 0 or step == trainer.max_steps:
-            speed = (self.tokens - self._mark_tokens) / max(now - self._mark, 1e-9)
-            line["tokens_per_s"] = round(speed, 1)
-            self._mark, self._mark_tokens = now, self.tokens
+        if shows:
+            elapsed = max(now - self._mark, 1e-9)
+            speed = (self.tokens - self._mark_tokens) / elapsed
+            line |= {"tokens_per_s": round(speed, 1), "tflops_per_s": round(self._flops / elapsed / 1e12, 4),
+                     "peak_memory_mib": round(peak_memory_mib(), 1)}
+            if teacher_seconds:
+                line["teacher_share"] = round(teacher_seconds / elapsed, 4)
+            if self.peak_tflops:
+                line["mfu"] = round(self._flops / elapsed / 1e12 / self.peak_tflops / trainer.world_size, 4)
+            self._mark, self._mark_tokens, self._flops = now, self.tokens, 0.0
             left = (trainer.max_steps - step) * self.tokens / max(step, 1) / max(speed, 1e-9)
             shown = "  ".join(f"{name} {means[name]:.4f}" for name in ("loss", "ce") if name in means)
             print(f"[{self.label}] step {step}/{trainer.max_steps}  {shown}  {speed:,.0f} tokens/s  "
@@ -95,26 +110,69 @@ class Meters(pl.Callback):
 
 
 class HeldOut(pl.Callback):
-    """Looks at part of the held-out data every few steps; the time it takes is not counted as training."""
+    """Looks at part of the held-out data every few steps; the time it takes is not counted as training.
 
-    def __init__(self, meters: Meters, *, every_steps: int) -> None:
-        """Write through `meters`; `measure` (set before `fit`) gives the held-out loss in nats/token."""
+    With `keep_best`, the weights with the lowest held-out cross-entropy so far are written to `best/step_N`; those of
+    the two best looks stay, since a run that goes on from an older resume point does not know the newest yet.
+    """
+
+    def __init__(self, meters: Meters, *, every_steps: int, measure: Callable[[TrainingModule], dict[str, float]],
+                 keep_best: Callable[[TrainingModule, Path], None] | None, directory: Path) -> None:
+        """Write through `meters`.
+
+        Args:
+            meters: where lines go.
+            every_steps: steps between two looks; 0: none.
+            measure: held-out means by name, nats/token, with `ce` among them; every rank calls it.
+            keep_best: writes the weights to a folder; every rank calls it. None: keep none.
+            directory: the stage's own.
+        """
         self.meters = meters
         self.every_steps = every_steps
-        self.measure: Callable[[TrainingModule], float] | None = None
+        self.measure = measure
+        self.keep_best = keep_best
+        self.directory = directory / "best"
+        self.best: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into the resume checkpoint."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Comes back from it."""
+        self.best = state_dict["best"]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Measure when it is time, and at the last step."""
         step = trainer.global_step
-        if not self.every_steps or (step % self.every_steps and step != trainer.max_steps):
+        if not self.every_steps or (step % self.every_steps and not is_last_step(trainer)):
             return
-        assert isinstance(pl_module, TrainingModule) and self.measure is not None
+        assert isinstance(pl_module, TrainingModule)
         started = time.monotonic()
-        loss = self.measure(pl_module)
+        means = self.measure(pl_module)
+        pl_module.take_teacher_seconds()  # those of the look are no part of a step
         if trainer.is_global_zero:
-            self.meters.write({"step": step, "tokens": int(self.meters.tokens), "heldout_ce": loss})
-            print(f"[{self.meters.label}] step {step}  held-out {loss:.4f} nats/token", flush=True)
+            self.meters.write({"step": step, "tokens": int(self.meters.tokens),
+                               **{f"heldout_{name}": value for name, value in means.items()}})
+            print(f"[{self.meters.label}] step {step}  held-out {means['ce']:.4f} nats/token", flush=True)
+        if self.keep_best is not None and (self.best is None or means["ce"] < self.best["ce"]):
+            self._keep(pl_module, step, means["ce"])
         self.meters.leave_out(time.monotonic() - started)
+
+    def _keep(self, module: TrainingModule, step: int, loss: float) -> None:
+        assert self.keep_best is not None
+        folder = self.directory / f"step_{step:08d}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        dist.barrier()
+        self.keep_best(module, folder)
+        dist.barrier()
+        before, self.best = self.best, {"step": step, "ce": loss, "folder": folder.name}
+        if dist.get_rank() == 0:
+            stay = {folder.name} | ({before["folder"]} if before else set())
+            for old in self.directory.glob("step_*"):
+                if old.name not in stay:
+                    shutil.rmtree(old, ignore_errors=True)
 
 
 class ResumePoints(pl.Callback):
@@ -131,7 +189,7 @@ class ResumePoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save when it is time; not at the last step, whose result the stage itself writes."""
         step = trainer.global_step
-        if step % self.every_steps or step == trainer.max_steps:
+        if step % self.every_steps or is_last_step(trainer):
             return
         name = f"step_{step:08d}"
         if trainer.is_global_zero:
@@ -145,6 +203,11 @@ class ResumePoints(pl.Callback):
             for old in self.directory.glob("step_*"):
                 if old.name != name:
                     shutil.rmtree(old, ignore_errors=True)
+
+
+def is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether the step just done is the last of this training."""
+    return trainer.global_step == trainer.max_steps or trainer.should_stop
 
 
 def newest_resume_point(directory: Path) -> Path | None:

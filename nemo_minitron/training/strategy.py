@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from nemo_minitron.data.samples import positions_for
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import device
 from nemo_minitron.parallel.layout import Layout
+from nemo_minitron.training.budget import Phase, phase_at
 
 
 class PlainStep(MegatronStep):
@@ -33,11 +34,12 @@ class PlainStep(MegatronStep):
 class StepSampler(DataSampler):
     """Tells NeMo the shape of a step, and lets the module see its micro-batches first where it needs them."""
 
-    def __init__(self, *, seq_length: int, micro_batch_size: int, num_microbatches: int) -> None:
-        """Sizes of one replica's step: `num_microbatches` of `[micro_batch_size, seq_length]` tokens."""
-        self.seq_len = seq_length
-        self.micro_batch_size = micro_batch_size
-        self.num_microbatches = num_microbatches
+    def __init__(self, phases: Sequence[Phase], *, dp: int) -> None:
+        """The sizes of each step are those of its phase; `dp` replicas share a global batch."""
+        self.phases = phases
+        self.dp = dp
+        # NeMo reads these of a sampler; they are those of the first phase, and nothing depends on them
+        self.seq_len, self.micro_batch_size = phases[0].seq_length, phases[0].micro_batch_size
 
     def setup(self, global_rank: int) -> None:
         """Nothing: there is no micro-batch calculator to set up, the sizes are constant within a stage."""
@@ -50,36 +52,51 @@ class StepSampler(DataSampler):
         """Describe the step (NeMo calls this on every rank before Megatron's schedule)."""
         module = step.pl_module
         data: Any = step.data
+        phase = phase_at(self.phases, module.trainer.global_step)
+        count = phase.num_microbatches(self.dp)
         if module.needs_batches:
-            batches = [module.data_step(data) for _ in range(self.num_microbatches)]
+            batches = [module.data_step(data) for _ in range(count)]
             module.before_step(batches)
             data = iter(batches)
         known = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
-        return PlainStep(**known | {"data": data, "seq_length": self.seq_len, "num_microbatches": self.num_microbatches,
-                                    "micro_batch_size": self.micro_batch_size})
+        return PlainStep(**known | {"data": data, "seq_length": phase.seq_length, "num_microbatches": count,
+                                    "micro_batch_size": phase.micro_batch_size})
 
 
 class TrainingOrder(IterableDataset):
     """This replica's micro-batches from `first_step` on, without end; keyed by position, so resumable at any DP."""
 
-    def __init__(self, samples: Samples, *, seed: int, global_batch_size: int, micro_batch_size: int,
+    def __init__(self, samples: Callable[[int], Samples], phases: Sequence[Phase], *, seed: int,
                  layout: Layout) -> None:
-        """Raises `DataError` for less than one sample of text, `ConfigError` for sizes that do not divide."""
-        self.samples = samples
+        """`samples` gives those of a length. Each phase has an order of its own.
+
+        Raises `DataError` for less than one sample of text, `ConfigError` for sizes that do not divide.
+        """
+        self.samples = {phase.seq_length: samples(phase.seq_length) for phase in phases}
+        self.phases = phases
         self.seed = seed
-        self.sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size,
-                      "dp_rank": groups.dp_rank(), "dp_size": layout.dp}
-        samples.check_training()
-        positions_for(0, **self.sizes)
+        self.dp = {"dp_rank": groups.dp_rank(), "dp_size": layout.dp}
+        for phase in phases:
+            self.samples[phase.seq_length].check_training()
+            positions_for(0, **self._sizes(phase))
         self.first_step = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches in order, on this rank's device."""
         step = self.first_step
         while True:
-            for positions in positions_for(step, **self.sizes):
-                yield self.samples.batch([self.samples.training_id(p, self.seed) for p in positions]).to(device())
+            phase = phase_at(self.phases, step)
+            samples, seed = self.samples[phase.seq_length], self.seed + self.phases.index(phase)
+            for positions in positions_for(step - phase.first_step, **self._sizes(phase)):
+                batch = samples.batch([samples.training_id(position, seed) for position in positions])
+                for row, position in enumerate(positions):
+                    if position >= phase.samples:  # beyond the budget, in the last step
+                        batch.loss_mask[row] = 0.0
+                yield batch.to(device())
             step += 1
+
+    def _sizes(self, phase: Phase) -> dict[str, int]:
+        return {"global_batch_size": phase.global_batch_size, "micro_batch_size": phase.micro_batch_size, **self.dp}
 
 
 class Strategy(nl.MegatronStrategy):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -20,19 +22,27 @@ from nemo_minitron.data.batch import Samples
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
-from nemo_minitron.training.budget import check_warmup, num_steps
+from nemo_minitron.training.budget import Phase, check_warmup
 from nemo_minitron.training.callbacks import HeldOut, Meters, ResumePoints, deterministic_cpu, newest_resume_point
+from nemo_minitron.training.limits import Profiler, StopEarly
 from nemo_minitron.training.module import TrainingModule
 from nemo_minitron.training.strategy import StepSampler, Strategy, TrainingOrder
+from nemo_minitron.training.throughput import peak_tflops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training run counted: valid training tokens, seconds in steps, steps."""
+    """What a training run counted: valid training tokens, seconds in steps, steps; and its best look, where kept.
+
+    `best_loss` is held-out cross-entropy, nats/token; `best_folder` has the weights of that step.
+    """
 
     tokens: int
     seconds: float
     steps: int
+    best_step: int | None = None
+    best_loss: float | None = None
+    best_folder: Path | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -42,42 +52,57 @@ class Trained:
 
 def fit(
     module: TrainingModule,
-    samples: Samples,
+    samples: Callable[[int], Samples],
     *,
     label: str,
     directory: Path,
-    tokens: int,
+    phases: Sequence[Phase],
     layout: Layout,
     train: TrainConfig,
     optim: OptimConfig,
     seed: int,
     distributed_optimizer: bool,
-    measure: Callable[[TrainingModule], float],
+    measure: Callable[[TrainingModule], dict[str, float]],
+    keep: Callable[[TrainingModule, Path], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trained:
-    """Train `module` on `tokens` tokens of `samples`, going on from the newest resume point in `directory`.
+    """Train `module` through `phases`, going on from the newest resume point in `directory`.
 
     Every rank must call this. `metrics.jsonl`, TensorBoard logs and resume points go to `directory`.
+
+    Args:
+        module: model, loss and teacher.
+        samples: training samples of a length, in tokens.
+        label: begins each line of progress.
+        directory: the stage's own.
+        phases: `plan_phases` of the recipe.
+        layout: the layout whose groups are formed.
+        train: how often to log, look and save, when to stop.
+        optim: of Adam and the learning rate.
+        seed: of the samples' order.
+        distributed_optimizer: shard the optimizer over DP.
+        measure: held-out means by name; `ce` in nats/token decides which weights are best.
+        keep: writes the weights to a folder; used with `train.keep_best`.
+        callbacks: come right after the meters.
 
     Raises:
         ConfigError: batch sizes that do not divide, or a warm-up longer than the run.
         DataError: text shorter than one sample.
     """
-    seq_length = samples.seq_length
-    steps = num_steps(tokens, global_batch_size=train.global_batch_size, seq_length=seq_length)
+    steps = sum(phase.steps for phase in phases)
     check_warmup(optim.warmup_steps, steps)
-    order = TrainingOrder(samples, seed=seed, global_batch_size=train.global_batch_size,
-                          micro_batch_size=train.micro_batch_size, layout=layout)
+    order = TrainingOrder(samples, phases, seed=seed, layout=layout)
     bf16 = train.precision == "bf16-mixed"
     _optimizer(optim, bf16=bf16, distributed=distributed_optimizer).connect(module)
-    meters = Meters(directory / "metrics.jsonl", label=label, log_every_steps=train.log_every_steps)
-    held_out = HeldOut(meters, every_steps=train.eval_every_steps)
+    meters = Meters(directory / "metrics.jsonl", label=label, log_every_steps=train.log_every_steps,
+                    peak_tflops=peak_tflops(train.precision, train.peak_tflops))
+    held_out = HeldOut(meters, every_steps=train.eval_every_steps, measure=measure, directory=directory,
+                       keep_best=keep if train.keep_best else None)
     points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps)
-    sampler = StepSampler(seq_length=seq_length, micro_batch_size=train.micro_batch_size,
-                          num_microbatches=train.global_batch_size // (train.micro_batch_size * layout.dp))
     trainer = nl.Trainer(
         accelerator="gpu" if cuda_is_available() else "cpu",
         devices=layout.world_size,
-        strategy=Strategy(layout, config=module.config, sampler=sampler, bf16=bf16,
+        strategy=Strategy(layout, config=module.config, sampler=StepSampler(phases, dp=layout.dp), bf16=bf16,
                           distributed_optimizer=distributed_optimizer),
         plugins=nl.MegatronMixedPrecision(precision=train.precision, grad_reduce_in_fp32=True),
         max_steps=steps,
@@ -89,9 +114,9 @@ def fit(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
-        callbacks=[meters, held_out, points],
+        callbacks=[Profiler(train.profile, directory / "profile"), meters, StopEarly(train.stop, meters), *callbacks,
+                   held_out, points],
     )
-    held_out.measure = measure
     resume = newest_resume_point(directory / "resume")
     if resume is not None:
         order.first_step = int(resume.name.removeprefix("step_"))
@@ -101,7 +126,10 @@ def fit(
     deterministic_cpu()
     groups.seed_everything(seed)
     trainer.fit(module, train_dataloaders=DataLoader(order, batch_size=None), ckpt_path=resume)
-    return Trained(tokens=int(meters.tokens), seconds=meters.seconds, steps=steps)
+    best = held_out.best or {}
+    return Trained(tokens=int(meters.tokens), seconds=meters.seconds, steps=trainer.global_step,
+                   best_step=best.get("step"), best_loss=best.get("ce"),
+                   best_folder=held_out.directory / best["folder"] if best else None)
 
 
 def export(module: TrainingModule, directory: Path, *, base: Checkpoint, layout: Layout) -> None:
@@ -110,15 +138,29 @@ def export(module: TrainingModule, directory: Path, *, base: Checkpoint, layout:
 
     student = module.student
     save_checkpoint(
-        student.named_parameters(), module.arch, directory, base_directory=base.path,
+        student.exported_parameters(), module.arch, directory, base_directory=base.path,
         tp_group=parallel_state.get_tensor_model_parallel_group(), tp_rank=groups.tp_rank(), tp_size=layout.tp,
         pp_rank=groups.pp_rank(), pp_size=layout.pp, dp_rank=groups.dp_rank(), layer_offset=student.layer_offset,
         dtype=None, barrier=dist.barrier,
     )
 
 
-def _optimizer(optim: OptimConfig, *, bf16: bool, distributed: bool) -> nl.MegatronOptimizerModule:
-    return nl.MegatronOptimizerModule(
+class Optimizer(nl.MegatronOptimizerModule):
+    """NeMo's, with a word of the module's own before the gradients are reduced."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the module for `finalize_model_grads`."""
+        super().on_fit_start(trainer, pl_module)
+        self._owner = [pl_module]
+
+    def finalize_model_grads(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by Megatron at the end of a step's schedule."""
+        self._owner[0].sum_gradients()
+        return super().finalize_model_grads(*args, **kwargs)
+
+
+def _optimizer(optim: OptimConfig, *, bf16: bool, distributed: bool) -> Optimizer:
+    return Optimizer(
         config=OptimizerConfig(
             optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
             adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad,

@@ -34,17 +34,21 @@ class Interrupted(Exception):
     """What ends a run in the middle."""
 
 
-def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False):
+def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False, teacher=None, terms=(), train=None,
+          phases=(), alpha=None):
     """A job: train `files["student"]` once for each of `kinds`, in turn; the results go to `files["out"]`/kind.
 
     With `save`, there is a resume point after step 3; with `interrupt`, the run ends in an exception after step 4.
+    `teacher` places it, `terms` are of the intermediate losses, `train` and `phases` change the recipe.
     """
-    from nemo_minitron.config import OptimConfig, TrainConfig
-    from nemo_minitron.evaluate.loss import heldout_loss
+    from nemo_minitron.config import OptimConfig, PhaseConfig, StopConfig, TrainConfig
+    from nemo_minitron.training.budget import plan_phases
     from nemo_minitron.training.trainer import export, fit
 
-    recipe = TrainConfig(global_batch_size=GLOBAL_BATCH, micro_batch_size=4, log_every_steps=100, eval_every_steps=2,
-                         checkpoint_every_steps=RESUME_AT if save else 100, chunk_tokens=24)
+    changed = dict(train or {})
+    recipe = TrainConfig(**{"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 4, "log_every_steps": 100,
+                            "eval_every_steps": 2, "checkpoint_every_steps": RESUME_AT if save else 100,
+                            "chunk_tokens": 24, **changed, "stop": StopConfig(**changed.get("stop", {}))})
     # A small eps would let Adam turn rounding errors of tiny gradients into steps of full size.
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, clip_grad=0.5, eps=1e-4)
     samples = open_samples(files["tokens"])
@@ -52,42 +56,61 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
     facts = {}
     with formed(layout) as degrees:
         for kind in kinds:
-            module, base = _module(kind, files, degrees)
+            module, base = _module(kind, files, degrees, recipe, teacher or {}, terms, alpha)
             looks = []
 
-            def measure(trained, looks=looks, degrees=degrees):
-                looks.append(heldout_loss(trained.student, samples, layout=degrees, micro_batch_size=4,
-                                          max_samples=6).loss)
+            def measure(trained, looks=looks):
+                looks.append(trained.measure(samples, micro_batch_size=4, max_samples=6))
                 if interrupt and len(looks) * 2 == INTERRUPT_AT:
                     raise Interrupted
                 return looks[-1]
 
+            def keep(module, directory, base=base, degrees=degrees):
+                export(module, directory, base=base, layout=degrees)
+
+            planned = plan_phases(changed.get("tokens", STEPS * GLOBAL_BATCH * SEQ_LENGTH),
+                                  [PhaseConfig(**phase) for phase in phases], recipe, seq_length=SEQ_LENGTH,
+                                  dp=degrees.dp)
             try:
                 trained = fit(
-                    module, samples, label=kind, directory=out / kind, tokens=STEPS * GLOBAL_BATCH * SEQ_LENGTH,
-                    layout=degrees, train=recipe, optim=optim, seed=5, distributed_optimizer=False,
-                    measure=measure,
+                    module, lambda length: open_samples(files["tokens"], seq_length=length), label=kind,
+                    directory=out / kind, phases=planned, layout=degrees, train=recipe, optim=optim, seed=5,
+                    distributed_optimizer=False, measure=measure, keep=keep,
                 )
             except Interrupted:
                 continue
-            export(module, out / kind / "checkpoint", base=base, layout=degrees)
-            facts[kind] = {"tokens": trained.tokens, "steps": trained.steps, **_held_by_training(module)}
+            finally:
+                if kind == "kd":
+                    module.teacher.close()
+            keep(module, out / kind / "checkpoint")
+            facts[kind] = {"tokens": trained.tokens, "steps": trained.steps, "best": trained.best_step,
+                           **_held_by_training(module)}
     return facts
 
 
-def _module(kind, files, degrees):
+def _module(kind, files, degrees, recipe, teacher, terms, alpha):
     from nemo_minitron.checkpoint.digest import read_checkpoint
+    from nemo_minitron.distill.intermediate import IntermediateLosses
+    from nemo_minitron.distill.layer_map import Term
     from nemo_minitron.distill.losses import LossWeights
     from nemo_minitron.distill.module import DistillationModule
-    from nemo_minitron.distill.teacher import Teacher
+    from nemo_minitron.distill.teacher import Placement, Teacher
     from nemo_minitron.training.module import TrainingModule
 
-    student, teacher = read_checkpoint(Path(files["student"])), read_checkpoint(Path(files["teacher"]))
-    arguments = {"arch": student.arch, "checkpoint": student.path, "layout": degrees, "chunk_tokens": 12, "bf16": False}
+    student, source = read_checkpoint(Path(files["student"])), read_checkpoint(Path(files["teacher"]))
+    arguments = {"arch": student.arch, "checkpoint": student.path, "layout": degrees, "chunk_tokens": 12, "bf16": False,
+                 "recompute": recipe.recompute}
     if kind == "ce":
         return TrainingModule(**arguments), student
-    return DistillationModule(teacher=Teacher(teacher.arch, teacher.path, degrees),
-                              weights=LossWeights(kl=0.7, ce=0.3), **arguments), student
+    terms = [Term(**term) for term in terms]
+    own = dict(teacher)
+    if "layout" in own:
+        own["layout"] = LAYOUTS[own["layout"]]
+    placed = Teacher(source.arch, source.path, degrees, placement=Placement(**own), terms=terms,
+                     student_layers=student.arch.num_layers)
+    intermediate = IntermediateLosses(terms, alpha=alpha, relation_heads=2) if terms else None
+    return DistillationModule(teacher=placed, teacher_arch=source.arch, weights=LossWeights(kl=0.7, ce=0.3),
+                              intermediate=intermediate, **arguments), student
 
 
 def _held_by_training(module):
@@ -145,7 +168,7 @@ def assert_same_numbers(out, expected_out, kind, tolerance=TOLERANCE):
     expected_steps, expected_looks = lines(expected_out, kind)
     assert list(steps) == list(expected_steps) == list(range(1, STEPS + 1))
     assert looks == pytest.approx(expected_looks, abs=tolerance) and list(looks) == [2, 4, 6]
-    timings = {"seconds", "tokens_per_s"}
+    timings = {"seconds", "tokens_per_s", "tflops_per_s", "peak_memory_mib", "teacher_share"}
     for step, expected in expected_steps.items():
         numbers = {key: value for key, value in steps[step].items() if key not in timings}
         expected_numbers = {key: value for key, value in expected.items() if key not in timings}
