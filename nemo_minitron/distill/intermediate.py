@@ -62,7 +62,7 @@ class Projection(torch.nn.Module):
         """The weight as one tensor that all ranks have a copy of."""
         replica = (groups.pp_rank(), groups.tp_rank(), groups.dp_rank())
         key = f"{prefix}weight"
-        return {key: ShardedTensor.from_rank_offsets(key, self.weight.data, replica_id=replica)}
+        return {key: ShardedTensor.from_rank_offsets(key, self.weight, replica_id=replica)}
 
 
 class IntermediateLosses:

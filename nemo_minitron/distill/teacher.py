@@ -133,8 +133,9 @@ class Teacher:
             self.model.requires_grad_(False)
             self.model.eval()
         self.load_weights(path)
-        for index, term in enumerate(self.terms):
-            tap(self.model, term.state, term.teacher_layer, partial(self._record, index))
+        with self._groups():  # a tap asks which layers are on this stage
+            for index, term in enumerate(self.terms):
+                tap(self.model, term.state, term.teacher_layer, partial(self._record, index))
 
     @property
     def knows_any_text(self) -> bool:

@@ -42,6 +42,7 @@ LAYOUTS = {
     "tp2 sp": Layout(tp=2, sequence_parallel=True),
     "dp2": Layout(dp=2),
 }
+MORE_LAYOUTS = {**LAYOUTS, "tp2 dp2": Layout(tp=2, dp=2), "pp2 dp2": Layout(pp=2, dp=2)}
 
 
 def write_model(arch, directory, *, seed=1):

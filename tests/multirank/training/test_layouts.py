@@ -10,6 +10,7 @@ import pytest
 from tests.support.checkpoints import read_llama
 from tests.support.tiny_llama import (
     LAYOUTS,
+    MORE_LAYOUTS,
     NEMOTRON,
     QWEN2,
     QWEN3,
@@ -41,14 +42,16 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
     With `save`, there is a resume point after step 3; with `interrupt`, the run ends in an exception after step 4.
     `teacher` places it, `terms` are of the intermediate losses, `train` and `phases` change the recipe.
     """
-    from nemo_minitron.config import OptimConfig, PhaseConfig, StopConfig, TrainConfig
+    from nemo_minitron.config import OptimConfig, PhaseConfig, ProfileConfig, StopConfig, TrainConfig
     from nemo_minitron.training.budget import plan_phases
     from nemo_minitron.training.trainer import export, fit
 
     changed = dict(train or {})
     recipe = TrainConfig(**{"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 4, "log_every_steps": 100,
                             "eval_every_steps": 2, "checkpoint_every_steps": RESUME_AT if save else 100,
-                            "chunk_tokens": 24, **changed, "stop": StopConfig(**changed.get("stop", {}))})
+                            "chunk_tokens": 24, **{key: value for key, value in changed.items() if key != "tokens"},
+                            "stop": StopConfig(**changed.get("stop", {})),
+                            "profile": ProfileConfig(**changed.get("profile", {}))})
     # A small eps would let Adam turn rounding errors of tiny gradients into steps of full size.
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, clip_grad=0.5, eps=1e-4)
     samples = open_samples(files["tokens"])
@@ -105,7 +108,7 @@ def _module(kind, files, degrees, recipe, teacher, terms, alpha):
     terms = [Term(**term) for term in terms]
     own = dict(teacher)
     if "layout" in own:
-        own["layout"] = LAYOUTS[own["layout"]]
+        own["layout"] = MORE_LAYOUTS[own["layout"]]
     placed = Teacher(source.arch, source.path, degrees, placement=Placement(**own), terms=terms,
                      student_layers=student.arch.num_layers)
     intermediate = IntermediateLosses(terms, alpha=alpha, relation_heads=2) if terms else None

@@ -102,6 +102,14 @@ def test_what_reads_a_missing_result_is_due_with_it(missing, due, context):
     ("train.global_batch_size", 16, WITH_CONTROLS[2:]),
     ("distill.tokens", 512, WITH_CONTROLS[2:]),
     ("distill.kd_weight", 0.5, ["distill", "evaluate", "report"]),
+    ("distill.intermediate.alpha", 0.5, ["distill", "evaluate", "report"]),
+    ("distill.teacher.precision", "bf16", ["distill", "evaluate", "report"]),
+    ("distill.teacher.tp", 1, []),
+    ("distill.teacher.offload_states", True, []),
+    ("train.profile.first_step", 3, []),
+    ("train.recompute", "full", []),
+    ("train.keep_best", True, WITH_CONTROLS[2:]),
+    ("train.last_batch", "partial", WITH_CONTROLS[2:]),
     *[(key, value, []) for key, value in WITHOUT_EFFECT.items()],
 ])
 def test_a_change_makes_due_what_depends_on_it(key, value, due, context):
