@@ -33,7 +33,7 @@ def run(context: Context) -> dict[str, Any]:
     callbacks = []
     if config.distill.teacher.snapshots is not None and isinstance(source, Teacher):
         callbacks.append(ExchangeTeacher(
-            source, Path(config.distill.teacher.snapshots), every_steps=config.distill.teacher.exchange_every_steps,
+            Path(config.distill.teacher.snapshots), every_steps=config.distill.teacher.exchange_every_steps,
             record=context.stage_dir("distill") / "teachers.jsonl", label="distill"))
     result = train_stage(context, "distill", module, start=student, tokens=config.distill.tokens,
                          phases=config.distill.phases, callbacks=callbacks)

@@ -66,6 +66,12 @@ class Exchangeable(Protocol):
         """Read another checkpoint of the same architecture; every rank calls it."""
 
 
+class Taught(Protocol):
+    """A training module with a teacher. (The trainer copies its callbacks deeply, so they hold none themselves.)"""
+
+    teacher: Exchangeable
+
+
 class ExchangeTeacher(pl.Callback):
     """Every few steps, and before the first, gives the teacher the newest snapshot's weights.
 
@@ -73,9 +79,8 @@ class ExchangeTeacher(pl.Callback):
     snapshot that was in use, and takes at each step what it took before, so its result is the same.
     """
 
-    def __init__(self, teacher: Exchangeable, folder: Path, *, every_steps: int, record: Path, label: str) -> None:
+    def __init__(self, folder: Path, *, every_steps: int, record: Path, label: str) -> None:
         """`folder` is where `Snapshots` writes; it may be empty or not there yet."""
-        self.teacher = teacher
         self.folder = folder
         self.every_steps = every_steps
         self.record = record
@@ -90,12 +95,12 @@ class ExchangeTeacher(pl.Callback):
         """Comes back from it."""
         self.in_use = state_dict["in_use"]
 
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a resume: the snapshot that was in use."""
         if self.in_use is not None:
-            self._load(self.in_use)
+            self._load(self.in_use, pl_module)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Exchange when it is time; rank 0 looks and tells the others (one broadcast)."""
         step = trainer.global_step
         if step % self.every_steps:
@@ -104,7 +109,7 @@ class ExchangeTeacher(pl.Callback):
         dist.broadcast_object_list(box, src=0, device=device() if device().type == "cuda" else torch.device("cpu"))
         if box[0] is not None and box[0] != self.in_use:
             self.in_use = box[0]
-            self._load(self.in_use)
+            self._load(self.in_use, pl_module)
             if trainer.is_global_zero:
                 print(f"[{self.label}] step {step}: teacher is now {self.folder / self.in_use}", flush=True)
 
@@ -128,12 +133,13 @@ class ExchangeTeacher(pl.Callback):
             os.fsync(file.fileno())
         return choice
 
-    def _load(self, name: str) -> None:
+    def _load(self, name: str, module: Any) -> None:
+        taught: Taught = module
         path = self.folder / name
         if not path.is_dir():
             raise CheckpointError("a snapshot of the teacher is gone", expected=f"{path}, which was in use",
                                   found="nothing", key="distill.teacher.snapshots")
-        if (found := read_arch(path)) != self.teacher.arch:
+        if (found := read_arch(path)) != taught.teacher.arch:
             raise CheckpointError("a snapshot of another architecture than the teacher's", found=str(found),
-                                  expected=str(self.teacher.arch), key="distill.teacher.snapshots")
-        self.teacher.load_weights(path)
+                                  expected=str(taught.teacher.arch), key="distill.teacher.snapshots")
+        taught.teacher.load_weights(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,16 @@ class Interrupted(Exception):
 
 
 def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False, teacher=None, terms=(), train=None,
-          phases=(), alpha=None):
+          phases=(), alpha=None, arriving=()):
     """A job: train `files["student"]` once for each of `kinds`, in turn; the results go to `files["out"]`/kind.
 
     With `save`, there is a resume point after step 3; with `interrupt`, the run ends in an exception after step 4.
-    `teacher` places it, `terms` are of the intermediate losses, `train` and `phases` change the recipe.
+    `teacher` places it, `terms` are of the intermediate losses, `train` and `phases` change the recipe. `arriving` are
+    snapshots of the teacher: the n-th comes to `out`/snapshots when the held-out loss is measured for the n-th time.
     """
     from nemo_minitron.config import OptimConfig, PhaseConfig, ProfileConfig, StopConfig, TrainConfig
     from nemo_minitron.training.budget import plan_phases
+    from nemo_minitron.training.snapshots import ExchangeTeacher
     from nemo_minitron.training.trainer import export, fit
 
     changed = dict(train or {})
@@ -64,6 +67,8 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
 
             def measure(trained, looks=looks):
                 looks.append(trained.measure(samples, micro_batch_size=4, max_samples=6))
+                if rank == 0 and len(looks) <= len(arriving):
+                    shutil.copytree(arriving[len(looks) - 1], out / "snapshots" / f"step_{len(looks)}", dirs_exist_ok=True)
                 if interrupt and len(looks) * 2 == INTERRUPT_AT:
                     raise Interrupted
                 return looks[-1]
@@ -74,11 +79,12 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
             planned = plan_phases(changed.get("tokens", STEPS * GLOBAL_BATCH * SEQ_LENGTH),
                                   [PhaseConfig(**phase) for phase in phases], recipe, seq_length=SEQ_LENGTH,
                                   dp=degrees.dp)
+            callbacks = [ExchangeTeacher(out / "snapshots", every_steps=1, record=out / "teachers.jsonl", label=kind)]
             try:
                 trained = fit(
                     module, lambda length: open_samples(files["tokens"], seq_length=length), label=kind,
                     directory=out / kind, phases=planned, layout=degrees, train=recipe, optim=optim, seed=5,
-                    distributed_optimizer=False, measure=measure, keep=keep,
+                    distributed_optimizer=False, measure=measure, keep=keep, callbacks=callbacks if arriving else (),
                 )
             except Interrupted:
                 continue
