@@ -5,10 +5,11 @@
            train.global_batch_size=16 optim.lr=0.004 optim.min_lr=4e-5 optim.warmup_steps=30 \\
            -- width prune.target.hidden_size=40 prune.target.ffn_hidden_size=128 -- depth prune.target.num_layers=3
 
-Arguments up to the first `--` are the recipe; each `--` begins a name and the overrides of one target. The teacher is scored
-once; every variant is then a run of its own with seeds 1, 2 and 3 (the order of the samples), in `outputs/ablation`.
-`--workers` processes of one thread each share them, and import what they need once. Runs that are there are not repeated and a
-killed one goes on; `--minutes` stops early, with what there is. Prints Markdown tables and writes JSON.
+Arguments up to the first `--` are the recipe; each `--` begins a name and the overrides of one target. The teacher is
+scored once; every variant is then a run of its own with seeds 1, 2 and 3 (the order of the samples), in
+`outputs/ablation`. `--workers` processes of one thread each share them, and import what they need once. Runs that are
+there are not repeated and a killed one goes on; `--minutes` stops early, with what there is. Prints Markdown tables and
+writes JSON.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def main() -> None:
         raise SystemExit("scoring failed")
     due = [overrides(job, recipe, targets) for job in jobs if loss_of(job) is None]
     workers = [start(number, due[number :: own.workers]) for number in range(own.workers)]
-    if any([worker.wait() for worker in workers]):
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
         raise SystemExit("a worker failed; the same command goes on from here")
     losses: dict[str, dict[str, list[float]]] = {target: {variant: [] for variant in VARIANTS} for target in targets}
     for target, variant, seed in jobs:

@@ -24,7 +24,7 @@ from nemo_minitron.parallel.layout import Layout
 
 
 def megatron_state() -> dict[str, Any]:
-    """Megatron's groups, ranks and sizes, by the names of the private variables that hold them (megatron-core 0.15.3)."""
+    """Megatron's groups, ranks and sizes, by the private variables that hold them (megatron-core 0.15.3)."""
     return {name: value for name, value in vars(parallel_state).items()
             if name == "_global_process_group_list" or (name.startswith("_") and name.isupper())}
 

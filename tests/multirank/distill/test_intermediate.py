@@ -1,4 +1,4 @@
-"""Intermediate losses: their values and gradients are those of `transformers` models, and the same under every layout."""
+"""Intermediate losses: values and gradients are those of `transformers` models, and the same under every layout."""
 
 import dataclasses
 from pathlib import Path
@@ -60,8 +60,8 @@ def test_the_terms_are_measured_and_trained(trained):
         weights = (1.0, 0.5, 1.0, 1.0, 2.0)
         assert now["intermediate"] == pytest.approx(sum(w * now[name] for w, name in zip(weights, names, strict=True)))
     looks = [line for line in metric_lines(trained("1x1")) if "heldout_ce" in line]
-    assert len(looks) == 3 and all({f"heldout_{name}" for name in (*names, "kl", "teacher_ce", "agreement")} <= look.keys()
-                                   for look in looks)
+    measured = {f"heldout_{name}" for name in (*names, "kl", "teacher_ce", "agreement")}
+    assert len(looks) == 3 and all(measured <= look.keys() for look in looks)
 
 
 def metric_lines(out):
@@ -128,7 +128,8 @@ def against_transformers(rank, world_size, *, student, teacher, tokens):
         value = losses.take_means(float(batch.loss_mask.sum()))["intermediate"]
         found = {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    states = [hf_states(transformers.LlamaForCausalLM.from_pretrained(path), batch.tokens) for path in (student, teacher)]
+    states = [hf_states(transformers.LlamaForCausalLM.from_pretrained(path), batch.tokens)
+              for path in (student, teacher)]
     (own_states, reference), (other_states, _) = states
     total = sum(term.weight * expected_term(term, own_states, other_states, batch.loss_mask) for term in terms)
     (0.5 * total).backward()

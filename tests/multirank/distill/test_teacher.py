@@ -47,7 +47,7 @@ def test_offloading_changes_no_bit(trained, options):
 
 
 def test_a_bf16_teacher_under_an_fp32_student(trained):
-    """Close to the fp32 teacher, not equal to it, and the same at another layout of the teacher to bf16's own rounding."""
+    """Close to the fp32 teacher, not equal to it, and the same at another layout to bf16's own rounding."""
     steps, _ = lines(trained("1x1", teacher={"precision": "bf16"}), "kd")
     expected, _ = lines(trained("1x1"), "kd")
     differences = [abs(steps[step]["kl"] - expected[step]["kl"]) for step in expected]

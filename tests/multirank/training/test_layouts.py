@@ -68,7 +68,8 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
             def measure(trained, looks=looks):
                 looks.append(trained.measure(samples, micro_batch_size=4, max_samples=6))
                 if rank == 0 and len(looks) <= len(arriving):
-                    shutil.copytree(arriving[len(looks) - 1], out / "snapshots" / f"step_{len(looks)}", dirs_exist_ok=True)
+                    shutil.copytree(arriving[len(looks) - 1], out / "snapshots" / f"step_{len(looks)}",
+                                    dirs_exist_ok=True)
                 if interrupt and len(looks) * 2 == INTERRUPT_AT:
                     raise Interrupted
                 return looks[-1]

@@ -16,7 +16,8 @@ from tests.multirank.training.test_layouts import (
 from tests.support.checkpoints import read_llama
 from tests.support.tiny_llama import SEQ_LENGTH, TIED, write_model, write_tokens
 
-PHASES = [{"tokens": 2 * 8 * 16}, {"tokens": 4 * 4 * 32, "seq_length": 32, "global_batch_size": 4, "micro_batch_size": 2}]
+PHASES = [{"tokens": 2 * 8 * 16},
+          {"tokens": 4 * 4 * 32, "seq_length": 32, "global_batch_size": 4, "micro_batch_size": 2}]
 
 
 @pytest.fixture(scope="module")
