@@ -87,7 +87,7 @@ class BareLoop:
 
     def states(self, batches: list[Batch]) -> list[Any]:
         """What the teacher hands over of each, alone."""
-        return [self.teacher.states(batch) for batch in batches]
+        return [self.teacher.hand_over(batch).logits for batch in batches]
 
     def step(self, batches: list[Batch], states: list[Any] | None = None) -> None:
         """One step; the teacher runs in it unless its `states` are given."""
@@ -96,7 +96,7 @@ class BareLoop:
         def forward(data: Any, model: Any) -> Any:
             batch = next(data)
             hidden = model(batch.tokens, batch.position_ids, None)
-            said = next(turn) if states is not None else self.teacher.states(batch)
+            said = next(turn) if states is not None else self.teacher.hand_over(batch).logits
 
             def loss(_: torch.Tensor) -> Any:
                 terms = loss_terms(self.student, hidden, batch, weights=LossWeights(), teacher=said)
@@ -181,6 +181,7 @@ def parts(rank: int, layout: Layout, folder: str, turns: int, threads: int) -> N
 
 def nemo(rank: int, folder: str, turns: int, threads: int) -> None:
     """NeMo's trainer and the bare loop in one process, in blocks of as many steps; writes seconds per step."""
+    from nemo_minitron.training.budget import plan_phases
     from nemo_minitron.training.trainer import fit
 
     torch.set_num_threads(threads)
@@ -197,9 +198,9 @@ def nemo(rank: int, folder: str, turns: int, threads: int) -> None:
         module = DistillationModule(teacher=Teacher(TEACHER, paths["teacher"], layout), weights=LossWeights(),
                                     arch=STUDENT, checkpoint=paths["student"], layout=layout, chunk_tokens=256,
                                     bf16=False)
-        done = fit(module, samples, label="nemo", directory=Path(folder, f"fit{turn}"), tokens=4 * TOKENS,
-                   layout=layout, train=train, optim=OptimConfig(warmup_steps=1), seed=1, distributed_optimizer=False,
-                   measure=lambda _: 0.0)
+        done = fit(module, lambda _: samples, label="nemo", directory=Path(folder, f"fit{turn}"),
+                   phases=plan_phases(4 * TOKENS, [], train, seq_length=SEQ_LENGTH, dp=1), layout=layout, train=train,
+                   optim=OptimConfig(warmup_steps=1), seed=1, distributed_optimizer=False, measure=lambda _: {})
         del module
         groups.form(layout, timeout_s=300)
         groups.seed_everything(1)

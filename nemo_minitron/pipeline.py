@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from nemo_minitron.arch import ArchSpec
@@ -96,6 +97,9 @@ def _check_teaching(context: Context, teacher: ArchSpec, student: ArchSpec) -> N
     distill, layout = context.config.distill, context.layout
     own = teacher_layout(distill, layout)
     own.check(teacher, name="teacher", seq_length=context.config.data.seq_length)
+    if distill.teacher.precision == "fp8" and find_spec("transformer_engine") is None:
+        raise ConfigError("an fp8 teacher needs Transformer Engine", expected="32 or bf16 where it is not installed",
+                          found="fp8", key="distill.teacher.precision")
     if distill.cached and own != layout:
         raise ConfigError("a teacher on disk has no layout", expected="null", found=f"tp={own.tp} pp={own.pp}",
                           key="distill.teacher.tp or distill.teacher.pp")

@@ -39,6 +39,15 @@ def test_a_recipe_that_fits(parallel, recipe):
     pipeline.check_recipe(Context(config=recipe(parallel=parallel)))
 
 
+def test_an_fp8_teacher_needs_transformer_engine(recipe, monkeypatch):
+    context = Context(config=recipe(distill={"teacher": {"precision": "fp8"}}))
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="Transformer Engine.*distill.teacher.precision"):
+        pipeline.check_recipe(context)
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: "found")
+    pipeline.check_recipe(context)
+
+
 @pytest.mark.parametrize(("changes", "error", "key"), [
     ({"parallel": {"tp": 3}}, LayoutError, "parallel.tp"),
     ({"parallel": {"tp": 4}, "prune": {"target": {"ffn_hidden_size": 18}}}, LayoutError, "target.*parallel.tp"),
