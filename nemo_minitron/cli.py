@@ -15,6 +15,7 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
 
   run                      do what is missing of the recipe (the default)
   config                   print the composed recipe and start nothing
+  plan [format=json]       print what the recipe needs and costs (parameters, memory, FLOPs, GPU-hours), start nothing
   scores show PATH         print and plot what was measured, layer by layer
   scores diff A B          rank correlation of two scores, by axis and layer
   data prepare input=TEXT output=PREFIX tokenizer=DIR [json_key=text] [separator=S] [workers=N]
@@ -35,6 +36,7 @@ Exit codes: 0 done, 2 a mistake in the command or its inputs (one line says whic
 TOOLS = {
     ("scores", "show"): "report.scores_command:show",
     ("scores", "diff"): "report.scores_command:diff",
+    ("plan",): "stages.plan:plan",
     ("data", "prepare"): "data.command:prepare",
     ("import",): "checkpoint.command:import_command",
     ("export",): "checkpoint.command:export_command",

@@ -22,6 +22,7 @@ from nemo_minitron.config import (
     OptimConfig,
     TrainConfig,
 )
+from nemo_minitron.config_rounds import RoundConfig
 from nemo_minitron.errors import ConfigError
 
 
@@ -55,7 +56,22 @@ def load_config(overrides: list[str]) -> Config:
             composed = OmegaConf.to_container(compose("config", overrides=overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("the configuration cannot be composed", found=_first_lines(error)) from None
-    return config_from_dict(composed)
+    return config_from_dict(_with_named_searches(composed))
+
+
+def _with_named_searches(composed: Any) -> Any:
+    """In `rounds`, the name of a file of conf/search in place of a search space becomes what the file says."""
+    from omegaconf import OmegaConf
+
+    for round_ in composed.get("rounds") or ():
+        name = round_.get("search") if isinstance(round_, dict) else None
+        if isinstance(name, str):
+            path = conf_dir() / "search" / f"{name}.yaml"
+            if not path.is_file():
+                known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
+                raise ConfigError("unknown search", expected=known, found=repr(name), key="rounds.search")
+            round_["search"] = OmegaConf.to_container(OmegaConf.load(path))
+    return composed
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -113,6 +129,7 @@ def _check(config: Config) -> None:
         ("train.precision", config.train.precision, ("32", "bf16-mixed")),
         ("train.recompute", config.train.recompute, ("none", "selective", "full")),
         ("train.last_batch", config.train.last_batch, ("full", "partial")),
+        ("plan.gpu", config.plan.gpu, ("h100_sxm", "a100_sxm")),
     )
     choices += tuple(("importance.depth.metrics", value, ("loss", "accuracy", "logit_mse"))
                      for value in config.importance.depth.metrics)
@@ -145,6 +162,7 @@ def _check(config: Config) -> None:
         "optim": tuple(field.name for field in dataclasses.fields(OptimConfig)),
         "train": ("eval_every_steps",),
         "distill": ("kd_weight", "ce_weight"),
+        "search": ("tokens",),
     }
     for node, names in not_negative.items():
         for name in names:
@@ -152,6 +170,7 @@ def _check(config: Config) -> None:
             if not value >= 0:  # NaN is not
                 raise ConfigError("bad value", expected="zero or more", found=str(value), key=f"{node}.{name}")
     _check_distill(config.distill, config.train)
+    _check_rounds(config)
     for name, meaning in (("cp", "context parallelism"), ("interleave", "the interleaved pipeline schedule")):
         if (value := getattr(config.parallel, name)) != 1:
             raise ConfigError(f"{meaning} is not supported", expected="1", found=str(value), key=f"parallel.{name}")
@@ -184,6 +203,46 @@ def _check_distill(distill: DistillConfig, train: TrainConfig) -> None:
     if states and (train.recompute == "full" or (train.recompute == "selective" and "attention" in states)):
         raise ConfigError("intermediate losses cannot be in what is computed again", key="train.recompute",
                           expected="none (selective goes with all states but attention)", found=train.recompute)
+
+
+def _check_rounds(config: Config) -> None:
+    """Names that are unlike, sources that exist, and one way to say what each round prunes to."""
+    names: list[str] = []
+    for index, round_ in enumerate(config.rounds):
+        key = f"rounds[{index}]"
+        if not round_.name or "/" in round_.name or round_.name.startswith(".") or round_.name in ("teacher", *names):
+            raise ConfigError("bad name of a round", expected="a plain folder name that no other round has, not teacher",
+                              found=repr(round_.name), key=f"{key}.name")
+        if round_.source not in ("teacher", *names):
+            raise ConfigError("a round whose source does not exist", found=repr(round_.source), key=f"{key}.source",
+                              expected=" or ".join(["teacher", *names]))
+        if round_.teacher not in ("original", "source"):
+            raise ConfigError("bad value", expected="original, source", found=repr(round_.teacher), key=f"{key}.teacher")
+        names.append(round_.name)
+        _check_round_target(round_, key)
+        for name, value in dataclasses.asdict(round_.distill).items():
+            if value is not None and not (value > 0 if name == "tokens" else value >= 0):
+                raise ConfigError("bad value", expected="a positive number", found=str(value),
+                                  key=f"{key}.distill.{name}")
+    shared = [name for name in ("target", "ratio", "budget") if any(dataclasses.asdict(getattr(config.prune,
+                                                                                              name)).values())]
+    if config.search.is_set():
+        shared.append("search")
+    if config.rounds and shared:
+        raise ConfigError("a target beside rounds", expected="each round to have its own", found=", ".join(shared),
+                          key=" and ".join(name if name == "search" else f"prune.{name}" for name in shared))
+
+
+def _check_round_target(round_: RoundConfig, key: str) -> None:
+    given = [name for name in ("target", "ratio", "budget")
+             if any(value is not None for value in dataclasses.asdict(getattr(round_, name)).values())]
+    given += ["drop"] if round_.drop is not None else []
+    if round_.search is not None and given:
+        raise ConfigError("a target beside a search", expected="one of them", found=f"search and {', '.join(given)}",
+                          key=f"{key}.search")
+    if round_.search is None and not given:
+        raise ConfigError("a round without a target", expected="search, target, ratio, budget or drop",
+                          found="none of them", key=f"{key}.target")
 
 
 def _first_lines(error: Exception) -> str:

@@ -12,7 +12,36 @@ from typing import Any
 
 from omegaconf import MISSING
 
-KD_LOSSES = ("kl", "reverse_kl", "js", "mse", "cosine", "top_k_kl")
+from nemo_minitron.config_rounds import (
+    BudgetConfig,
+    DivisorsConfig,
+    LayersConfig,
+    PlanConfig,
+    RatioConfig,
+    RoundConfig,
+    SearchConfig,
+    TargetConfig,
+)
+from nemo_minitron.config_training import (
+    CorrectConfig,
+    DistillConfig,
+    IntermediateConfig,
+    IntermediateTermConfig,
+    KD_LOSSES,
+    OptimConfig,
+    PhaseConfig,
+    ProfileConfig,
+    StopConfig,
+    TeacherPlacementConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BlendSource", "CONTROLS", "Config", "CorrectConfig", "DataConfig", "DepthConfig", "DistillConfig",
+    "EvaluateConfig", "ImportanceConfig", "IntermediateConfig", "IntermediateTermConfig", "KD_LOSSES",
+    "LAYER_METRICS", "ModelConfig", "OptimConfig", "ParallelConfig", "PhaseConfig", "ProfileConfig", "PruneConfig",
+    "STAGES", "StopConfig", "TeacherConfig", "TeacherPlacementConfig", "TrainConfig",
+]
 STAGES = ("initialize", "correct", "score", "prune", "cache_teacher", "distill", "ce", "scratch", "evaluate", "report")
 CONTROLS = ("ce", "scratch")
 LAYER_METRICS = ("block_influence", "loss", "accuracy", "logit_mse", "removal_order")
@@ -30,8 +59,10 @@ class TeacherConfig:
 
 @dataclass
 class ModelConfig:
-    """Architecture that the stage `initialize` gives random weights (a Llama)."""
+    """Architecture that `initialize` gives random weights, and `minitron plan` takes where no teacher is at hand."""
 
+    family: str = "llama"
+    """llama, mistral, qwen2, qwen3 or nemotron: decides norm, activation and biases."""
     num_layers: int = 6
     hidden_size: int = 192
     ffn_hidden_size: int = 512
@@ -41,6 +72,8 @@ class ModelConfig:
     vocab_size: int = 2048
     max_position_embeddings: int = 512
     rope_theta: float = 10000.0
+    rotary_fraction: float = 1.0
+    """Part of each head that is rotated."""
     norm_eps: float = 1e-5
     tied_embeddings: bool = True
 
@@ -149,58 +182,6 @@ class ImportanceConfig:
 
 
 @dataclass
-class TargetConfig:
-    """Sizes after pruning; null keeps the source's."""
-
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-
-
-@dataclass
-class RatioConfig:
-    """Fractions of the source's sizes that stay, rounded to `prune.divisors`; null: see `prune.target`."""
-
-    num_layers: float | None = None
-    hidden_size: float | None = None
-    ffn_hidden_size: float | None = None
-    num_attention_heads: float | None = None
-    num_query_groups: float | None = None
-
-
-@dataclass
-class BudgetConfig:
-    """Most parameters that may stay; hidden size and FFN, where not given, shrink in the same proportion to meet it."""
-
-    num_parameters: float | None = None
-    """All parameters: a number, or up to 1 a fraction of the source's."""
-    num_non_embedding_parameters: float | None = None
-    """The same without both embedding matrices."""
-
-
-@dataclass
-class DivisorsConfig:
-    """Sizes that come from a ratio or a budget are multiples of these."""
-
-    hidden_size: int = 16
-    ffn_hidden_size: int = 16
-
-
-@dataclass
-class LayersConfig:
-    """Which layers go when `target.num_layers` is smaller than the source's."""
-
-    by: str = "block_influence"
-    """block_influence; loss, accuracy or logit_mse of the model without them; removal_order (iterative logit_mse)."""
-    contiguous: bool = False
-    """Drop one block of neighbours, chosen as a whole."""
-    drop: list[int] | None = None
-    """Or just these, counted from 0."""
-
-
-@dataclass
 class PruneConfig:
     """What surgery cuts to."""
 
@@ -216,171 +197,6 @@ class PruneConfig:
     head_residual: float = 0.0
     """Coefficient with which a pruned head's difference is added to the kept head it is paired with; 1 is the formula
     of arXiv:2407.14679, section 2.3."""
-
-
-@dataclass
-class OptimConfig:
-    """Adam with linear warm-up and cosine decay."""
-
-    lr: float = 2e-3
-    """Peak learning rate."""
-    min_lr: float = 2e-5
-    """Where the cosine ends, one step after the last one."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up, from lr / (warmup_steps + 1)."""
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_grad: float = 1.0
-    """Largest global norm of the gradient."""
-
-
-@dataclass
-class StopConfig:
-    """Where a training ends early, whichever comes first; the learning rate goes on as if for the whole of it."""
-
-    tokens: int | None = None
-    """Training tokens."""
-    steps: int | None = None
-    """Steps."""
-    seconds: float | None = None
-    """Seconds in training steps, over all runs of the stage."""
-
-
-@dataclass
-class ProfileConfig:
-    """A trace of a few steps, for Perfetto or chrome://tracing."""
-
-    first_step: int | None = None
-    """First step that is traced, from 1; null: none."""
-    num_steps: int = 3
-
-
-@dataclass
-class PhaseConfig:
-    """A part of a training with sizes of its own; null keeps the recipe's."""
-
-    tokens: int = MISSING
-    """Training tokens, rounded up to whole steps."""
-    seq_length: int | None = None
-    global_batch_size: int | None = None
-    micro_batch_size: int | None = None
-
-
-@dataclass
-class TrainConfig:
-    """What all training stages share."""
-
-    global_batch_size: int = 32
-    """Samples a step, over all replicas."""
-    micro_batch_size: int = 8
-    """Samples a forward-backward pass of one replica."""
-    precision: str = "32"
-    """Of the training stages: 32, or bf16-mixed (bf16 with fp32 master weights). The others run in fp32."""
-    log_every_steps: int = 10
-    """Steps between two lines of progress."""
-    eval_every_steps: int = 100
-    """Steps between two looks at held-out data; 0: none."""
-    eval_samples: int = 64
-    """Held-out samples of each such look."""
-    checkpoint_every_steps: int = 50
-    """Steps between two resume checkpoints."""
-    chunk_tokens: int = 256
-    """Tokens the loss works on at a time: its memory is proportional to it."""
-    recompute: str = "none"
-    """Activations computed again in the backward pass: none; selective (core attention); full (every layer)."""
-    last_batch: str = "full"
-    """full: the last step has as many samples as every other; partial: no more than the budget of tokens asks for."""
-    keep_best: bool = False
-    """Also keep the weights with the lowest held-out loss of the looks, and let them be the stage's result."""
-    stop: StopConfig = field(default_factory=StopConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-    peak_tflops: float | None = None
-    """Of one device in the training's precision, for model FLOPs utilisation; null: of known GPUs from a table."""
-
-
-@dataclass
-class CorrectConfig:
-    """Cross-entropy training of the teacher ("teacher correction", arXiv:2408.11796)."""
-
-    tokens: int = 1_000_000
-    """Training tokens, rounded up to whole steps."""
-    snapshot_every_steps: int | None = None
-    """Steps between two Hugging Face directories of the teacher on its way, for a distillation that runs meanwhile."""
-
-
-@dataclass
-class TeacherPlacementConfig:
-    """Where and how the teacher runs while the student trains."""
-
-    tp: int | None = None
-    """Tensor-parallel degree of the teacher on the same ranks; null: the student's."""
-    pp: int | None = None
-    """Pipeline-parallel degree; null: the student's. Its data-parallel degree is what remains of the ranks."""
-    precision: str | None = None
-    """32, bf16, or fp8 (bf16 weights, fp8 GEMMs of Transformer Engine); null: bf16 with bf16-mixed training."""
-    offload_weights: bool = False
-    """Keep its weights in host memory between steps."""
-    offload_states: bool = False
-    """Keep what it hands over in (pinned) host memory until the student needs it."""
-    snapshots: str | None = None
-    """Folder of snapshots that a run with `correct.snapshot_every_steps` writes meanwhile; null: one teacher."""
-    exchange_every_steps: int = 100
-    """Steps between two looks for a newer snapshot."""
-
-
-@dataclass
-class IntermediateTermConfig:
-    """A state of the teacher that the student is to have too."""
-
-    state: str = MISSING
-    """hidden (output of a layer, after the next norm), embedding, mlp_input, attention (relations, MiniLMv2)."""
-    layers: str = "last-2:last-2"
-    """TEACHER:STUDENT, each a number from 0, last, or last-N."""
-    loss: str = "cosine"
-    """cosine or mse; attention has its own."""
-    weight: float = 1.0
-    """Among the terms."""
-
-
-@dataclass
-class IntermediateConfig:
-    """Losses of intermediate states (arXiv:2407.14679, section 3 and appendix A.6); none unless `terms` has some."""
-
-    terms: list[IntermediateTermConfig] = field(default_factory=list)
-    alpha: float | None = None
-    """Weight of their sum; null: loss of the logits over that sum, of the step before."""
-    relation_heads: int | None = None
-    """Heads that attention's relations are cut into; null: the student's KV groups."""
-
-
-@dataclass
-class DistillConfig:
-    """Recovery of the pruned model; the controls train on the same number of tokens."""
-
-    tokens: int = 1_000_000
-    """Training tokens, rounded up to whole steps."""
-    phases: list[PhaseConfig] = field(default_factory=list)
-    """Parts with other batch sizes or sample lengths, one after another in one training, in place of `tokens`."""
-    teacher: TeacherPlacementConfig = field(default_factory=TeacherPlacementConfig)
-    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
-    loss: str = "kl"
-    """Loss of the logits: kl (of teacher and student, the papers' choice), reverse_kl, js, mse, cosine, or top_k_kl."""
-    kd_weight: float = 1.0
-    """Its weight; of divergences, nats/token."""
-    temperature: float = 1.0
-    """Divides the logits of kl, reverse_kl and js, whose value is multiplied by its square."""
-    top_k: int = 64
-    """Tokens of top_k_kl; the rest of the vocabulary is one bucket."""
-    cached: bool = False
-    """Read the teacher's likeliest tokens from disk (stage cache_teacher) instead of running it; needs top_k_kl."""
-    cache: str | None = None
-    """Folder of a cache from another run; null: that of the stage cache_teacher."""
-    cache_dtype: str = "float16"
-    """How log-probabilities are stored: float16 or float32."""
-    ce_weight: float = 0.0
-    """Weight of the cross-entropy with the text, nats/token."""
 
 
 @dataclass
@@ -408,11 +224,15 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    rounds: list[RoundConfig] = field(default_factory=list)
+    """In the order in which they run; none: one round, by `prune`, `search` and `distill`."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     correct: CorrectConfig = field(default_factory=CorrectConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def run_dir(self) -> Path:

@@ -63,11 +63,18 @@ def check_recipe(context: Context) -> None:
         UserError: a missing or unusable teacher, a target, layout, batch or warm-up that does not fit.
     """
     config, layout = context.config, context.layout
-    for stage, tokens, parts in (("correct", config.correct.tokens, []),
-                                 ("distill", config.distill.tokens, config.distill.phases)):
+    if config.rounds:
+        raise ConfigError("several rounds are planned, not run yet", key="rounds", found=f"{len(config.rounds)} rounds",
+                          expected="an empty list (minitron plan says what they would cost)")
+    if config.search.is_set():
+        raise ConfigError("a search is planned, not run yet", key="search", found="a search space",
+                          expected="search=none (minitron plan counts the candidates)")
+    for stage, tokens, parts, optim in (
+            ("correct", config.correct.tokens, [], config.correct.optim(config.optim)),
+            ("distill", config.distill.tokens, config.distill.phases, config.optim)):
         phases = plan_phases(tokens, parts, config.train, seq_length=config.data.seq_length, dp=layout.dp)
         if stage in wanted_stages(context):
-            check_warmup(config.optim.warmup_steps, sum(phase.steps for phase in phases))
+            check_warmup(optim.warmup_steps, sum(phase.steps for phase in phases))
     if "initialize" in config.stages:
         arch = initial_arch(config.model)
     else:

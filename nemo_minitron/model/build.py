@@ -105,7 +105,8 @@ def transformer_config(arch: ArchSpec, layout: Layout, *, bf16: bool = False, fp
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
-        bias_activation_fusion=fused, bias_dropout_fusion=fused, apply_rope_fusion=fused, masked_softmax_fusion=False,
+        bias_activation_fusion=fused and arch.activation == "swiglu",  # the only one of ours that Megatron fuses
+        bias_dropout_fusion=fused, apply_rope_fusion=fused, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, persist_layer_norm=fused,
     )
 

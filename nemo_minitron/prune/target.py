@@ -120,6 +120,9 @@ def _fill_budget(source: ArchSpec, target: ArchSpec, fixed: set[str], budget: fl
         raise ConfigError("bad budget", expected="a number of parameters or a fraction", found=str(budget),
                           key="prune.budget")
     limit = budget * count(source) if budget <= 1 else budget
+    if limit > count(source):
+        raise ConfigError("a budget above the source", expected=f"at most {count(source):,} parameters",
+                          found=f"{limit:,.0f}", key="prune.budget")
     steps = {key: divisors.get(key, 1) for key in ("hidden_size", "ffn_hidden_size")}
 
     def sized(hidden: int, ffn: int) -> ArchSpec:

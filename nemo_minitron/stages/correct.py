@@ -18,4 +18,5 @@ def run(context: Context) -> dict[str, Any]:
     if correct.snapshot_every_steps is not None:
         callbacks.append(Snapshots(context.stage_dir("correct") / "snapshots", keep=exporter(context, start),
                                    every_steps=correct.snapshot_every_steps))
-    return train_stage(context, "correct", module, start=start, tokens=correct.tokens, callbacks=callbacks)
+    return train_stage(context, "correct", module, start=start, tokens=correct.tokens, callbacks=callbacks,
+                       optim=correct.optim(context.config.optim))

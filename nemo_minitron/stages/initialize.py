@@ -12,7 +12,7 @@ from nemo_minitron.data.corpus import corpus_files, verify
 from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.data.text import read_documents, split_documents
 from nemo_minitron.data.tokenizer import train_bpe
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.stages.context import Context
 
 
@@ -27,14 +27,29 @@ def run(context: Context) -> dict[str, Any]:
     return {"weights_digest": checkpoint.weights_digest, "tokenizer_pieces": pieces, "arch": arch.to_dict()}
 
 
+_TRAITS: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True},
+    "nemotron": {"norm": "layernorm_1p", "activation": "squared_relu"},
+}
+"""What a family decides."""
+
+
 def initial_arch(model: ModelConfig) -> ArchSpec:
-    """The Llama that the recipe's `model` describes; `ArchError` where its numbers contradict each other."""
+    """The model that the recipe's node `model` describes.
+
+    Raises:
+        ConfigError: an unknown family.
+        ArchError: numbers that contradict each other.
+    """
+    if model.family not in _TRAITS:
+        raise ConfigError("unknown family", expected=", ".join(_TRAITS), found=repr(model.family), key="model.family")
     return ArchSpec(
-        family="llama", num_layers=model.num_layers, hidden_size=model.hidden_size,
+        family=model.family, num_layers=model.num_layers, hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size, num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups, head_dim=model.head_dim, vocab_size=model.vocab_size,
         max_position_embeddings=model.max_position_embeddings, rope=Rope(theta=model.rope_theta),
-        norm_eps=model.norm_eps, tied_embeddings=model.tied_embeddings,
+        rotary_fraction=model.rotary_fraction, norm_eps=model.norm_eps, tied_embeddings=model.tied_embeddings,
+        **_TRAITS[model.family],
     ).check()
 
 

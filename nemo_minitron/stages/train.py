@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Checkpoint
-from nemo_minitron.config import PhaseConfig
+from nemo_minitron.config import OptimConfig, PhaseConfig
 from nemo_minitron.data.batch import Samples
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import prepared_data, split_samples
@@ -31,7 +31,8 @@ def exporter(context: Context, base: Checkpoint) -> Callable[[TrainingModule, Pa
 
 
 def train_stage(context: Context, stage: str, module: TrainingModule, *, start: Checkpoint, tokens: int,
-                phases: Sequence[PhaseConfig] = (), callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+                phases: Sequence[PhaseConfig] = (), callbacks: Sequence[Any] = (),
+                optim: OptimConfig | None = None) -> dict[str, Any]:
     """Train `module`, which starts from `start`, and write `checkpoint/` in the stage's directory.
 
     Args:
@@ -42,6 +43,7 @@ def train_stage(context: Context, stage: str, module: TrainingModule, *, start: 
         tokens: training tokens, unless there are phases.
         phases: parts with sizes of their own.
         callbacks: Lightning's, of the stage.
+        optim: the recipe's, where None.
     """
     config, layout = context.config, context.layout
     directory: Path = context.stage_dir(stage)
@@ -59,7 +61,7 @@ def train_stage(context: Context, stage: str, module: TrainingModule, *, start: 
     planned = plan_phases(tokens, phases, config.train, seq_length=config.data.seq_length, dp=layout.dp)
     trained = fit(
         module, samples, label=stage, directory=directory, phases=planned, layout=layout, train=config.train,
-        optim=config.optim, seed=config.seed, distributed_optimizer=config.parallel.distributed_optimizer,
+        optim=optim or config.optim, seed=config.seed, distributed_optimizer=config.parallel.distributed_optimizer,
         measure=measure, keep=write, callbacks=callbacks,
     )
     best = context.share(trained.best_folder is not None and trained.best_folder.is_dir())
