@@ -211,13 +211,14 @@ def _check_rounds(config: Config) -> None:
     for index, round_ in enumerate(config.rounds):
         key = f"rounds[{index}]"
         if not round_.name or "/" in round_.name or round_.name.startswith(".") or round_.name in ("teacher", *names):
-            raise ConfigError("bad name of a round", expected="a plain folder name that no other round has, not teacher",
+            raise ConfigError("bad name of a round", expected="a plain folder name that no other round has",
                               found=repr(round_.name), key=f"{key}.name")
         if round_.source not in ("teacher", *names):
             raise ConfigError("a round whose source does not exist", found=repr(round_.source), key=f"{key}.source",
                               expected=" or ".join(["teacher", *names]))
         if round_.teacher not in ("original", "source"):
-            raise ConfigError("bad value", expected="original, source", found=repr(round_.teacher), key=f"{key}.teacher")
+            raise ConfigError("bad value", expected="original, source", found=repr(round_.teacher),
+                              key=f"{key}.teacher")
         names.append(round_.name)
         _check_round_target(round_, key)
         for name, value in dataclasses.asdict(round_.distill).items():

@@ -1,4 +1,4 @@
-"""The nodes that say what to prune to: one target, a search for one, several rounds; and what `minitron plan` assumes."""
+"""The nodes that say what to prune to (a target, a search, rounds), and what `minitron plan` assumes."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -107,7 +108,7 @@ class CorrectConfig:
 
     def optim(self, optim: OptimConfig) -> OptimConfig:
         """`optim` with this node's own numbers in place."""
-        own = {"lr": self.lr, "min_lr": self.min_lr, "warmup_steps": self.warmup_steps}
+        own: dict[str, Any] = {"lr": self.lr, "min_lr": self.min_lr, "warmup_steps": self.warmup_steps}
         return dataclasses.replace(optim, **{key: value for key, value in own.items() if value is not None})
 
 

@@ -1,7 +1,7 @@
 """FLOPs of a forward pass and of training steps, from an architecture. Pure arithmetic.
 
 A multiplication and an addition count as two. Counted are the matrix products, the LM head among them, and attention
-over all positions of a sample without regard to causality, as arXiv:2407.14679, section 4.1, does; a backward pass costs
+over all positions of a sample without regard to causality, as arXiv:2407.14679, section 4.1, does; a backward pass is
 two forward passes; the embedding lookup and elementwise work cost nothing.
 
 Letters: L layers, H hidden, F ffn, N heads, G query groups, D head_dim, V vocab, S sequence, m matrices of the MLP.

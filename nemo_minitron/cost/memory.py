@@ -130,7 +130,7 @@ def _saved(arch: ArchSpec, layout: Layout, step: Step, stage: int) -> float:
 
 def _working_set(arch: ArchSpec, layout: Layout, tokens: int) -> float:
     """Elements that come and go within a layer: two states of the residual stream (gathered for the products where
-    sequence parallelism shards them), the wider of the MLP's first product and the projections, and its gradient or result.
+    sequence parallelism shards them), the wider of the MLP's first product and the projections, and its gradient.
     """
     wide = max((arch.num_mlp_matrices - 1) * arch.ffn_hidden_size,
                (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim)

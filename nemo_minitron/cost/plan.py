@@ -1,4 +1,4 @@
-"""What a recipe costs: every stage's memory, FLOPs, time and GPU-hours, and the family against training from scratch."""
+"""What a recipe costs: every stage's memory, FLOPs, time and GPU-hours, and the family against scratch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from nemo_minitron.arch import ArchSpec
-from nemo_minitron.cost.flops import forward_flops, training_flops
+from nemo_minitron.cost.flops import flops_per_token, forward_flops, training_flops
 from nemo_minitron.cost.memory import KINDS, Memory, Step, forward_memory, training_memory
 from nemo_minitron.cost.recipe import Recipe, Round
 from nemo_minitron.cost.step_time import PARTS, Machine, Seconds, forward_seconds, step_seconds
@@ -42,8 +42,8 @@ class Family:
 
     Savings are quotients of FLOPs, all with the teacher's own training on both sides: `saving` counts the students'
     steps only (arXiv:2407.14679, section 4.1), `saving_with_teacher_forward` also the teacher's forward passes,
-    `saving_with_all` correction, scoring and search too. `fewer_tokens` of each round is the baseline's tokens over those
-    of its distillation, `fewer_tokens_with_correction` with the tokens of the teacher's correction added to them.
+    `saving_with_all` correction, scoring and search too. `fewer_tokens` of each round is the baseline's tokens over
+    those of its distillation, `fewer_tokens_with_correction` over these and the tokens of the teacher's correction.
     """
 
     baseline: str
@@ -147,16 +147,15 @@ def _stage(recipe: Recipe, *, flops: float, seconds: float, **known: Any) -> Sta
 def _family(recipe: Recipe, stages: list[StageCost]) -> Family | None:
     if recipe.baseline is None:
         return None
-    per_token = {"samples": 1, "seq_length": recipe.step.seq_length}
     length, tokens = recipe.step.seq_length, recipe.baseline.tokens
 
     def training(arch: ArchSpec, tokens: float) -> float:
-        return training_flops(arch, **per_token) * tokens / length
+        return training_flops(arch, samples=1, seq_length=length) * tokens / length
 
     scratch = sum(training(model.arch, tokens) for model in recipe.models())
     teacher = training(recipe.teacher.arch, tokens)
     students = sum(training(round_.student.arch, round_.tokens) for round_ in recipe.rounds)
-    forward = sum(forward_flops(round_.teacher.arch, **per_token) * round_.tokens / length for round_ in recipe.rounds)
+    forward = sum(flops_per_token(round_.teacher.arch, seq_length=length) * round_.tokens for round_ in recipe.rounds)
     everything = sum(stage.flops for stage in stages if stage.stage not in recipe.controls)
     return Family(
         baseline=recipe.baseline.name, baseline_tokens=tokens, saving=scratch / (teacher + students),

@@ -29,7 +29,7 @@ def fastest(recipe: Recipe, world_size: int) -> Plan | None:
 
 
 def proposal(recipe: Recipe) -> Plan | None:
-    """The fastest plan on as many GPUs as the recipe asks for, else on twice as many, and so on; None up to the most."""
+    """The fastest plan on as many GPUs as the recipe asks for, else on twice as many, and so on; None at last."""
     world_size = recipe.layout.world_size
     while world_size <= MOST_GPUS:
         plan = fastest(recipe, world_size)

@@ -51,7 +51,7 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that costs depend on. `score_samples` is 0 where nothing is scored, `correct_tokens` where nothing is corrected."""
+    """All that costs depend on. `score_samples` and `correct_tokens` are 0 where there is no such stage."""
 
     name: str
     teacher: Model

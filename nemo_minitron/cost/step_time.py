@@ -75,8 +75,9 @@ class Machine:
         return num_bytes / (self.gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY)
 
     def _link(self, ranks: int, stride: int) -> tuple[float, str]:
-        """Bandwidth of a ring of `ranks` GPUs `stride` apart, and its kind; the GPUs of a node that are in the ring share
-        the node's cards.
+        """Bandwidth of a ring of `ranks` GPUs `stride` apart, and its kind.
+
+        Those of a node that are in one ring use all of their network cards for it.
         """
         inside = max(1, self.gpu.gpus_per_node // stride)
         if ranks <= inside:
@@ -123,32 +124,36 @@ def layer_seconds(machine: Machine, arch: ArchSpec, *, samples: float, seq_lengt
 
 
 def loss_seconds(machine: Machine, student: ArchSpec, teacher: ArchSpec | None, step: Step) -> float:
-    """The LM heads and the loss of a micro-batch: products of both models and the student's two gradients; of each chunk
-    of logits six passes through memory (a fourth of them in fp32 scratch) and two collectives of a few numbers a token.
+    """The LM heads and the loss of a micro-batch.
+
+    Products of both models and the student's two gradients; of each chunk the head's fp32 gradient read and written,
+    six passes over the logits of either side, and two collectives of a few numbers a token (`distill/fused_kl.py`).
     """
     tokens, rows, tp = step.micro_tokens, head_rows(student, machine.layout.tp), machine.layout.tp
     chunks, chunk = math.ceil(tokens / step.chunk_tokens), min(step.chunk_tokens, tokens)
-    seconds = chunks * (machine.matmul(chunk, student.hidden_size, rows) + machine.matmul(chunk, rows, student.hidden_size)
-                        + machine.matmul(rows, chunk, student.hidden_size))
-    seconds += chunks * machine.memory(2 * rows * student.hidden_size * 4)  # the head's fp32 gradient is added to
+    hidden = student.hidden_size
+    seconds = chunks * (machine.matmul(chunk, hidden, rows) + machine.matmul(chunk, rows, hidden)
+                        + machine.matmul(rows, chunk, hidden))
+    seconds += chunks * machine.memory(2 * rows * hidden * 4)
     sides = 1
     if teacher is not None:
         sides = 2
         seconds += chunks * machine.matmul(chunk, teacher.hidden_size, rows)
     seconds += machine.memory(6 * sides * tokens * rows * 4)
     seconds += 2 * chunks * machine.all_reduce(8 * sides * chunk * 4, tp)
-    return seconds + machine.all_reduce(tokens * student.hidden_size * step.itemsize, tp)
+    return seconds + machine.all_reduce(tokens * hidden * step.itemsize, tp)
 
 
 def forward_seconds(machine: Machine, arch: ArchSpec, step: Step) -> float:
     """A forward pass over a replica's share of a step, through the whole pipeline, without the LM head."""
-    layer = layer_seconds(machine, arch, samples=step.micro_batch_size, seq_length=step.seq_length, backward=False).total
-    stages = [layers * layer for layers in machine.layout.stage_layers(arch.num_layers)]
+    layer = layer_seconds(machine, arch, samples=step.micro_batch_size, seq_length=step.seq_length, backward=False)
+    stages = [layers * layer.total for layers in machine.layout.stage_layers(arch.num_layers)]
     micro = step.num_microbatches(machine.layout.dp)
     return sum(stages) + (micro - 1) * max(stages) + _sends(machine, arch, step, 1)
 
 
-def step_seconds(student: ArchSpec, layout: Layout, step: Step, gpu: Gpu, *, teacher: ArchSpec | None = None) -> Seconds:
+def step_seconds(student: ArchSpec, layout: Layout, step: Step, gpu: Gpu, *,
+                 teacher: ArchSpec | None = None) -> Seconds:
     """A training step; with a teacher its forward, inside the step or, with several stages, in a pass before it."""
     machine = Machine(gpu=gpu, layout=layout, bf16=step.bf16)
     micro = step.num_microbatches(layout.dp)

@@ -100,8 +100,8 @@ def _cost(plan: Plan) -> Table:
     table = _table("cost", "round", "stage", "what", "tokens", "steps", "FLOPs/step", "FLOPs", "hours", "GPU-hours",
                    "of peak", stated, text=3)
     for stage in plan.stages:
-        table.add_row(stage.round, stage.stage, stage.what, count(stage.tokens), f"{stage.steps:,}" if stage.steps else "",
-                      f"{stage.flops_per_step:.2e}" if stage.steps else "", f"{stage.flops:.2e}",
+        steps = (f"{stage.steps:,}", f"{stage.flops_per_step:.2e}") if stage.steps else ("", "")
+        table.add_row(stage.round, stage.stage, stage.what, count(stage.tokens), *steps, f"{stage.flops:.2e}",
                       hours(stage.seconds / 3600), hours(stage.gpu_hours), f"{stage.utilisation:.0%}",
                       hours(stage.gpu_hours_at_utilisation))
     table.add_section()

@@ -32,8 +32,9 @@ class Constraint:
         """Return self, or raise `ConfigError` for a window that is empty or reaches above what the source has."""
         has = self.measure(source)
         if not self.minimum <= self.maximum:
-            raise ConfigError("an empty window", expected="min to be at most max", key=f"search.constraints.{self.name}",
-                              found=f"{self.minimum:,.0f} and {self.maximum:,.0f}")
+            raise ConfigError("an empty window", expected="min to be at most max",
+                              found=f"{self.minimum:,.0f} and {self.maximum:,.0f}",
+                              key=f"search.constraints.{self.name}")
         above = [bound for bound in (self.minimum, self.maximum) if math.isfinite(bound) and bound > has]
         if above:
             raise ConfigError("a budget above the source", expected=f"at most {has:,.0f}", found=f"{above[0]:,.0f}",

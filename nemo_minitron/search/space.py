@@ -51,7 +51,7 @@ class Space:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Enumeration:
-    """What came of a space: its candidates, in the order of the space and without duplicates, and what ruled out the rest.
+    """What came of a space: its candidates, in its order and without duplicates, and what ruled out others.
 
     `ruled_out`: how many combinations each constraint alone rules out, by its name; they overlap.
     """
@@ -71,7 +71,7 @@ class Enumeration:
 
 def axis_sizes(source: ArchSpec, axis: str, *, listed: Sequence[int], smallest: int | None,
                divisor: int) -> tuple[int, ...]:
-    """The sizes of one axis: those listed, or every multiple of `divisor` from `smallest` to the source's, largest first.
+    """The sizes of one axis: those listed, or every multiple of `divisor` from `smallest` up to the source's.
 
     Without either it is the source's alone. Raises `ConfigError` for a size that is no positive multiple of the
     divisor (the source's own is allowed), or a list beside `smallest`.
@@ -98,7 +98,7 @@ def enumerate_candidates(source: ArchSpec, space: Space, constraints: Sequence[C
     """Every architecture of the space that can be pruned from `source` and meets all constraints.
 
     Query heads are pruned alike in every group, so their number is a multiple of the groups with at most as many a
-    group as the source has. Raises `ConfigError` for a space that is too large; `Enumeration.check` for an empty result.
+    group as the source has. Raises `ConfigError` for a space that is too large.
     """
     total = space.num_combinations
     if total > MAX_COMBINATIONS:

@@ -31,7 +31,7 @@ def plan(arguments: list[str]) -> None:
     """Print the plan of the recipe that `arguments` describe; `format=json` prints JSON.
 
     Raises:
-        LayoutError: a layout that does not fit the model or, once the plan is printed, the GPU; then with one that does.
+        LayoutError: a layout that does not fit the model, or (once the plan is printed) the GPU.
         UserError: any other mistake in the recipe.
     """
     chosen = [argument.partition("=")[2] for argument in arguments if argument.startswith("format=")]
@@ -114,8 +114,9 @@ def _rounds(config: Config, teacher: Model) -> tuple[Round, ...]:
         tokens = config.distill.tokens if round_.distill.tokens is None else round_.distill.tokens
         warmup = round_.distill.warmup_steps
         _check_steps(config, tokens, config.optim.warmup_steps if warmup is None else warmup)
-        rounds.append(Round(name=round_.name, source=source, teacher=teacher if round_.teacher == "original" else source,
-                            student=student, tokens=tokens, search=search))
+        whose = teacher if round_.teacher == "original" else source
+        rounds.append(Round(name=round_.name, source=source, teacher=whose, student=student, tokens=tokens,
+                            search=search))
         made[round_.name] = student
     return tuple(rounds)
 

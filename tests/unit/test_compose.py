@@ -57,7 +57,39 @@ def test_plain_data_and_back():
     assert dataclasses.asdict(config) == config.to_dict()
 
 
+def test_a_round_may_name_a_search_of_the_files():
+    config = load_config(["rounds=[{name: a, search: minitron_4b}, {name: b, source: a, target: {num_layers: 2}}]"])
+    assert config.rounds[0].search == load_config(["search=minitron_4b"]).search and config.rounds[1].search is None
+    assert config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(("rounds", "named"), [
+    ("{name: a}", r"without a target.*rounds\[0\].target"),
+    ("{target: {num_layers: 2}}", "name"),
+    ("{name: teacher, target: {num_layers: 2}}", "rounds.0..name"),
+    ("{name: a/b, target: {num_layers: 2}}", "rounds.0..name"),
+    ("{name: a, target: {num_layers: 2}}, {name: a, target: {num_layers: 1}}", "rounds.1..name"),
+    ("{name: a, source: b, target: {num_layers: 2}}, {name: b, target: {num_layers: 2}}",
+     "source does not exist; expected teacher; found 'b'.*rounds.0..source"),
+    ("{name: a, teacher: nearest, target: {num_layers: 2}}", "original, source.*rounds.0..teacher"),
+    ("{name: a, search: nope}", "minitron_4b.*'nope'.*rounds.search"),
+    ("{name: a, search: minitron_4b, drop: [1]}", "search and drop.*rounds.0..search"),
+    ("{name: a, drop: [1], distill: {tokens: 0}}", "rounds.0..distill.tokens"),
+    ("{name: a, drop: [1], colour: red}", "colour"),
+])
+def test_bad_rounds_are_named(rounds, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config([f"rounds=[{rounds}]"])
+
+
+@pytest.mark.parametrize("override", ["prune.target.num_layers=2", "search=minitron_4b"])
+def test_rounds_have_targets_of_their_own(override):
+    with pytest.raises(ConfigError, match="a target beside rounds"):
+        load_config(["rounds=[{name: a, target: {num_layers: 2}}]", override])
+
+
 @pytest.mark.parametrize(("override", "named"), [
+    ("plan.gpu=tpu", "plan.gpu"), ("search.tokens=-1", "search.tokens"),
     ("experiment=nope", "demo, demo_teacher"), ("data=nope", "default, stories"), ("prune=3", "prune"),
     ("tokens=3", "'tokens'"), ("distill.token=3", "distill.token"), ("+distill.token=3", "distill.token"),
     ("distill.tokens=few", "distill.tokens"), ("distill.tokens=-1", "distill.tokens"), ("optim.lr=nan", "optim.lr"),

@@ -87,6 +87,7 @@ def test_listed_layers_decide_the_number_of_layers():
     ({"sizes": {"hidden_size": 64}, "ratios": {"hidden_size": 0.5}}, ConfigError, "prune.ratio.hidden_size"),
     ({"sizes": {}, "ratios": {"hidden_size": 1.5}}, ConfigError, "prune.ratio.hidden_size"),
     ({"sizes": {}, "ratios": {"hidden_size": float("nan")}}, ConfigError, "prune.ratio.hidden_size"),
+    ({"sizes": {}, "budget": 9e9}, ConfigError, "above the source; expected at most 8,030,261,248"),
     ({"sizes": {}, "budget": -1.0}, ConfigError, "prune.budget"),
     ({"sizes": {"num_attention_heads": 30}}, ArchError, "prune.target.num_attention_heads"),
     ({"sizes": {"hidden_size": 5000}}, ArchError, "prune.target.hidden_size"),
