@@ -116,6 +116,7 @@ def _check(config: Config) -> None:
                               key=name)
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed")),
+        ("data.packing", config.data.packing, ("none", "documents")),
         ("importance.method", config.importance.method, ("activations", "magnitude", "random")),
         ("importance.batch", config.importance.batch, ("mean", "l2", "var")),
         ("importance.sequence", config.importance.sequence, ("mean", "l2", "var")),

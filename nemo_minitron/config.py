@@ -111,6 +111,9 @@ class DataConfig:
     """Fraction of the training documents, chosen by hash, that importance is measured on (text only)."""
     seq_length: int = 256
     """Tokens a sample."""
+    packing: str = "none"
+    """none: the stream of tokens cut into samples, attention across documents; documents: whole documents side by side
+    in a sample, attention inside each."""
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,18 +21,38 @@ class Batch:
     """Samples as whole sequences: not sharded over tensor, context or pipeline ranks.
 
     `labels[b, s]` is the token that follows `tokens[b, s]`; `loss_mask` is 1 where it counts and 0 on padding.
+    `document_ids` is None where tokens attend to all before them. Otherwise they attend inside their document only:
+    documents of a row are numbered from 1 on, 0 is padding, and positions start again at each.
     """
 
     tokens: torch.Tensor  # [B, S] int64
     labels: torch.Tensor  # [B, S] int64
-    position_ids: torch.Tensor  # [B, S] int64, 0 to S-1 in every row
+    position_ids: torch.Tensor  # [B, S] int64, from 0 on in every document
     loss_mask: torch.Tensor  # [B, S] float32
     sample_ids: torch.Tensor  # [B] int64
+    document_ids: torch.Tensor | None = None  # [B, S] int64, ascending in every row but for the padding at its end
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def row(self, number: int) -> Batch:
+        """One sample of it."""
+        return self._map(lambda tensor: tensor[number : number + 1])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()})
+        changed: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in fields.items()}
+        return Batch(**changed)
+
+    @staticmethod
+    def join(batches: Sequence[Batch]) -> Batch:
+        """The samples of several batches, which all have `document_ids` or all have none."""
+        columns: dict[str, list[Any]] = {field.name: [getattr(batch, field.name) for batch in batches]
+                                         for field in dataclasses.fields(Batch)}
+        joined: dict[str, Any] = {name: None if parts[0] is None else torch.cat(parts)
+                                  for name, parts in columns.items()}
+        return Batch(**joined)
 
 
 class Samples(Protocol):
@@ -108,9 +128,7 @@ class TokenSamples:
             start, count = self.spec.token_range(int(sample_id))
             window[row, :count] = self._tokens.read(start, count)
             loss_mask[row, : count - 1] = 1
-        if self._vocab_size is not None and window.size and window.max() >= self._vocab_size:
-            raise DataError("the token files do not fit the model", expected=f"tokens below {self._vocab_size}",
-                            found=str(window.max()), key="data.path or teacher.path")
+        check_vocabulary(window, self._vocab_size)
         return Batch(
             tokens=torch.from_numpy(window[:, :-1].copy()),
             labels=torch.from_numpy(window[:, 1:].copy()),
@@ -138,10 +156,8 @@ class BlendedSamples:
         for sample_id in sample_ids:
             number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
             rows.append(self.sources[number].batch([int(sample_id - self._starts[number])]))
-        fields = {field.name: torch.cat([getattr(row, field.name) for row in rows])
-                  for field in dataclasses.fields(Batch)}
-        fields["sample_ids"] = torch.tensor([int(sample_id) for sample_id in sample_ids], dtype=torch.int64)
-        return Batch(**fields)
+        ids = torch.tensor([int(sample_id) for sample_id in sample_ids], dtype=torch.int64)
+        return dataclasses.replace(Batch.join(rows), sample_ids=ids)
 
     def check_training(self) -> None:
         """Raise `DataError` where a source has not one full sample."""
@@ -159,6 +175,13 @@ class BlendedSamples:
         chosen = [source.calibration_ids(count, seed) + start
                   for source, count, start in zip(self.sources, counts, self._starts, strict=False)]
         return np.concatenate(chosen)
+
+
+def check_vocabulary(tokens: NDArray[np.int64], vocab_size: int | None) -> None:
+    """Raise `DataError` where a token is not below `vocab_size`: the token files are another tokenizer's."""
+    if vocab_size is not None and tokens.size and tokens.max() >= vocab_size:
+        raise DataError("the token files do not fit the model", expected=f"tokens below {vocab_size}",
+                        found=str(tokens.max()), key="data.path or teacher.path")
 
 
 def calibration_ids(num_samples_available: int, num_wanted: int, seed: int) -> NDArray[np.int64]:

@@ -58,6 +58,12 @@ class IndexedTokens:
         stored = self._dataset.bin_reader.read(dtype=dtype, count=count, offset=offset)
         return np.array(stored, dtype=np.int64)
 
+    def document_offsets(self) -> NDArray[np.int64]:
+        """Where documents start in the stream, in tokens: ascending int64 `[num_documents + 1]`, from 0 to its end."""
+        starts = _document_offsets(self._dataset) - self._start
+        inside = starts[(starts > 0) & (starts < self.num_tokens)]
+        return np.concatenate(([0], inside, [self.num_tokens]))
+
 
 def bin_path(prefix: Path) -> Path:
     """The token file; prefixes may contain dots, so nothing is taken for a suffix."""
@@ -140,7 +146,10 @@ def document_offsets(prefix: Path) -> NDArray[np.int64]:
 
     Raises `DataError` like `open_tokens`.
     """
-    dataset = _open(prefix)
+    return _document_offsets(_open(prefix))
+
+
+def _document_offsets(dataset: IndexedDataset) -> NDArray[np.int64]:
     starts = np.concatenate(([0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)))
     offsets: NDArray[np.int64] = starts[dataset.document_indices]
     return offsets

@@ -32,6 +32,7 @@ from nemo_minitron.distill.taps import States, tap
 from nemo_minitron.distill.terms import TeacherStates, tokens_first
 from nemo_minitron.distill.top_k import TopK, teacher_top_k
 from nemo_minitron.model.build import build_model, transformer_config
+from nemo_minitron.model.forward import forward_batch
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.beside import GroupsBeside
 from nemo_minitron.parallel.clock import Stopwatch
@@ -200,7 +201,7 @@ class Teacher:
                 states = {item: value.to(device(), non_blocking=True) for item, value in states.items()}
         else:
             with torch.no_grad(), self.stopwatch:
-                states = {FINAL: self._whole(self.model(batch.tokens, batch.position_ids, None))}
+                states = {FINAL: self._whole(forward_batch(self.model, batch))}
                 states |= {item: values[0] for item, values in self._recorded.items()}
                 self._recorded.clear()
         final = states.pop(FINAL, None)

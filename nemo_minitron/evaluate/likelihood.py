@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from nemo_minitron.data.batch import Batch
@@ -19,7 +17,6 @@ def row_nats(model: HiddenStateGPT, hidden: torch.Tensor, batch: Batch, *, chunk
     """
     nats = []
     for row in range(hidden.size(1)):
-        fields = {field.name: getattr(batch, field.name)[row : row + 1] for field in dataclasses.fields(batch)}
-        terms = loss_terms(model, hidden[:, row : row + 1], Batch(**fields), chunk_tokens=chunk_tokens)
+        terms = loss_terms(model, hidden[:, row : row + 1], batch.row(row), chunk_tokens=chunk_tokens)
         nats.append(terms.sums[METERS.index("ce")])
     return torch.stack(nats)

@@ -24,7 +24,7 @@ from nemo_minitron.artifacts import digest_json
 from nemo_minitron.data.batch import Batch, Samples
 from nemo_minitron.evaluate.loss import padded_batch
 from nemo_minitron.importance.scores import BLOCK_INFLUENCE, SEQUENCE_STATISTICS, Scores, width_shape
-from nemo_minitron.importance.statistics import head_norms, sequence_statistics, token_cosines
+from nemo_minitron.importance.statistics import head_norms, masked_statistics, sequence_statistics, token_cosines
 from nemo_minitron.model.build import HiddenStateGPT
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import device
@@ -72,7 +72,7 @@ def collect_scores(model: HiddenStateGPT, samples: Samples, sample_ids: np.ndarr
         for turn in range(turns):
             first = (turn * layout.dp + groups.dp_rank()) * micro_batch_size
             batch = padded_batch(samples, sample_ids[first : first + micro_batch_size], micro_batch_size).to(device())
-            collector.counted_B = (batch.loss_mask.sum(1) > 0).double()
+            collector.look_at(batch)
             yield batch
 
     try:
@@ -93,7 +93,8 @@ class _Collector:
     def __init__(self, model: HiddenStateGPT, *, neurons: str, heads: str) -> None:
         self.arch = model.arch
         self.sequence_parallel = model.config.sequence_parallel
-        self.counted_B = torch.ones(0, dtype=torch.float64)
+        self._counted_B = torch.ones(0, dtype=torch.float64)
+        self._real_SB: torch.Tensor | None = None
         self._sums: dict[tuple[str, int], torch.Tensor] = {}
         self._cosine = torch.zeros(model.arch.num_layers, 2, dtype=torch.float64, device=device())
         self._handles: list[Any] = []
@@ -111,6 +112,20 @@ class _Collector:
             self._handles.append(layer.register_forward_hook(self._block_influence(index), with_kwargs=True))
         if model.post_process:
             self._after(model.decoder.final_layernorm, self._norm(2 * model.arch.num_layers))
+
+    def look_at(self, batch: Batch) -> None:
+        """What counts of the micro-batch that comes next: no row without a label, no token outside of documents."""
+        self._counted_B = (batch.loss_mask.sum(1) > 0).double()
+        self._real_SB = None if batch.document_ids is None else batch.document_ids.t() > 0
+
+    def _real(self, num_tokens: int) -> torch.Tensor | None:
+        """Which of the tokens of an activation are in documents, `[S, B]`; of this rank's part where it has only one.
+
+        None: all.
+        """
+        if self._real_SB is None or num_tokens == self._real_SB.size(0):
+            return self._real_SB
+        return self._real_SB.narrow(0, groups.tp_rank() * num_tokens, num_tokens)
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -147,15 +162,22 @@ class _Collector:
     def _block_influence(self, index: int) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             cosine_SB = token_cosines(args[0] if args else kwargs["hidden_states"], output[0])
-            self._cosine[index, 0] += (cosine_SB * self.counted_B).sum()
-            self._cosine[index, 1] += cosine_SB.size(0) * self.counted_B.sum()
+            real_SB = self._real(cosine_SB.size(0))
+            if real_SB is not None:
+                counted_SB = real_SB * self._counted_B
+                self._cosine[index] += torch.stack([(cosine_SB * counted_SB).sum(), counted_SB.sum()])
+                return
+            self._cosine[index, 0] += (cosine_SB * self._counted_B).sum()
+            self._cosine[index, 1] += cosine_SB.size(0) * self._counted_B.sum()
 
         return hook
 
     def _add(self, axis: str, row: int, activation_SBU: torch.Tensor, *,
              token_group: dist.ProcessGroup | None = None) -> None:
-        statistics = sequence_statistics(activation_SBU, token_group=token_group).double()
-        counted = self.counted_B.view(1, -1, 1)
+        real_SB = self._real(activation_SBU.size(0))
+        statistics = (sequence_statistics(activation_SBU, token_group=token_group) if real_SB is None else
+                      masked_statistics(activation_SBU, real_SB, token_group=token_group)).double()
+        counted = self._counted_B.view(1, -1, 1)
         moments = torch.stack([(statistics * counted).sum(1), (statistics.square() * counted).sum(1)])
         key = (axis, row)
         self._sums[key] = self._sums[key] + moments if key in self._sums else moments

@@ -10,6 +10,7 @@ import torch
 
 from nemo_minitron.data.batch import Batch
 from nemo_minitron.model.build import HiddenStateGPT
+from nemo_minitron.model.forward import forward_batch
 
 Dropped = tuple[int, ...]
 """Layers that are left out, ascending, counted from 0 over the whole model."""
@@ -87,7 +88,7 @@ class _Stack:
         handles.append(self._layers[-1].register_forward_hook(
             lambda layer, args, output: self.entering.append(output[0])))
         try:
-            model(batch.tokens, batch.position_ids, None)
+            forward_batch(model, batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -35,6 +35,27 @@ def sequence_statistics(activation_SBU: torch.Tensor, *, token_group: dist.Proce
     return torch.stack([absolute / count, norm, m2 / count])
 
 
+def masked_statistics(activation_SBU: torch.Tensor, counts_SB: torch.Tensor, *,
+                      token_group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """`sequence_statistics` over the tokens where `counts_SB` (bool) is true: `[3, B, U]`, zero where there is none.
+
+    Two all-reduces where the sequence is spread over `token_group`.
+    """
+    dtype = torch.float64 if activation_SBU.dtype == torch.float64 else torch.float32
+    kept = counts_SB.unsqueeze(-1)
+    work = activation_SBU.to(dtype) * kept
+    sums = torch.stack([work.abs().sum(0), work.sum(0), kept.to(dtype).sum(0).expand(work.shape[1:])])
+    if token_group is not None:
+        dist.all_reduce(sums, group=token_group)
+    absolute, total, count = sums
+    count = count.clamp(min=1)
+    mean = total / count
+    m2 = ((work - mean) * kept).square().sum(0)
+    if token_group is not None:
+        dist.all_reduce(m2, group=token_group)
+    return torch.stack([absolute / count, (m2 + count * mean.square()).sqrt(), m2 / count])
+
+
 def _local_sums(activation_SBU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over S of absolute values, of values, and of squared differences from their mean: `[B, U]` each."""
     S, B, U = activation_SBU.shape

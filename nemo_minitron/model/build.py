@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from nemo_minitron.arch import ArchSpec, Rope
 from nemo_minitron.checkpoint.load import load_shard
-from nemo_minitron.model.attention import CausalAttention
+from nemo_minitron.model.attention import CausalAttention, transformer_engine_attention
 from nemo_minitron.model.norm import LayerNorm1P, RMSNorm
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, device
@@ -203,6 +203,7 @@ def _transformer_engine_spec(config: TransformerConfig, *, unfused_norms: bool) 
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer.submodules.self_attention.submodules.core_attention = transformer_engine_attention()
     if unfused_norms:
         submodules = dataclasses.replace(layer.submodules, input_layernorm=TENorm, pre_mlp_layernorm=TENorm)
         submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_minitron.data.batch import Batch
 from nemo_minitron.model.build import HiddenStateGPT
+from nemo_minitron.model.forward import forward_batch
 
 Result = TypeVar("Result")
 
@@ -50,7 +51,7 @@ def forward_only(
             return consume(hidden, batch)
 
         with around(batch) if around is not None else nullcontext():
-            return stage(batch.tokens, batch.position_ids, None), finish
+            return forward_batch(stage, batch), finish
 
     def rejoined() -> Iterator[Batch]:
         yield first

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import digest_json
 from nemo_minitron.data.batch import BlendedSamples, Samples, TokenSamples
+from nemo_minitron.data.documents import DocumentSamples
 from nemo_minitron.data.prepare import PreparedData, prepare
 from nemo_minitron.data.source import resolve_kind
 from nemo_minitron.data.tokenizer import check_tokenizer, load_tokenizer
@@ -20,13 +22,14 @@ class RecipeData:
 
     sources: list[PreparedData]
     weights: list[float] | None
+    packing: str = "none"
 
     @property
     def digest(self) -> str:
-        """Identifies text, split, tokenizer and weights."""
-        if self.weights is None:
-            return self.sources[0].digest
-        return digest_json([[source.digest, weight] for source, weight in zip(self.sources, self.weights, strict=True)])
+        """Identifies text, split, tokenizer, weights and packing."""
+        digest = self.sources[0].digest if self.weights is None else digest_json(
+            [[source.digest, weight] for source, weight in zip(self.sources, self.weights, strict=True)])
+        return digest if self.packing == "none" else digest_json([digest, self.packing])
 
     @property
     def num_heldout_bytes(self) -> int | None:
@@ -57,9 +60,9 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
 
     def find_or_make() -> RecipeData:
         if not data.blend:
-            return RecipeData(sources=[find_or_make_source(data.path)], weights=None)
+            return RecipeData(sources=[find_or_make_source(data.path)], weights=None, packing=data.packing)
         return RecipeData(sources=[find_or_make_source(source.path) for source in data.blend],
-                          weights=[source.weight for source in data.blend])
+                          weights=[source.weight for source in data.blend], packing=data.packing)
 
     made = find_or_make() if context.rank == 0 else None
     context.barrier()
@@ -70,6 +73,7 @@ def split_samples(context: Context, prepared: RecipeData, split: str, arch: Arch
                   seq_length: int | None = None) -> Samples:
     """Samples of "train", "calibration" or "heldout", of `data.seq_length` tokens or another length."""
     length = seq_length or context.config.data.seq_length
-    sources = [TokenSamples(source.open(split), length, vocab_size=arch.vocab_size)
+    kind: Callable[..., Samples] = TokenSamples if prepared.packing == "none" else DocumentSamples
+    sources = [kind(source.open(split), length, vocab_size=arch.vocab_size)
                for source in prepared.sources]
     return sources[0] if prepared.weights is None else BlendedSamples(sources, prepared.weights)

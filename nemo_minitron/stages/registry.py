@@ -95,6 +95,8 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         unused = _WITHOUT_EFFECT if part["train"]["keep_best"] else (*_WITHOUT_EFFECT, *_LOOKS)
         part["train"] = {key: value for key, value in part["train"].items() if key not in unused}
     if "data" in part:
+        if part["data"]["packing"] == "none":
+            part["data"].pop("packing")  # as before there was a choice: what is done stays done
         kind, path = part["data"]["kind"], part["data"].pop("path")
         part["data"] |= {"kind": resolve_kind(kind, path), "digest": source_digest(kind, path)}
         for source in part["data"]["blend"]:

@@ -15,6 +15,7 @@ from nemo_minitron.data.batch import Batch, Samples
 from nemo_minitron.distill.terms import METERS, LossTerms, loss_terms
 from nemo_minitron.evaluate.loss import heldout_sums
 from nemo_minitron.model.build import HiddenStateGPT, load_model, transformer_config
+from nemo_minitron.model.forward import forward_batch
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import device
 from nemo_minitron.parallel.layout import Layout
@@ -53,8 +54,7 @@ class TrainingModule(pl.LightningModule):
 
     def forward_step(self, batch: Batch) -> torch.Tensor:
         """Forward of one micro-batch on any stage: the hidden state handed on, `[S, B, H]`."""
-        hidden: torch.Tensor = self.module(batch.tokens, batch.position_ids, None)
-        return hidden
+        return forward_batch(self.module, batch)
 
     def loss(self, hidden: torch.Tensor, batch: Batch) -> LossTerms:
         """The loss of one micro-batch from its final hidden state (last stage)."""

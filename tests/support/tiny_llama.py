@@ -81,6 +81,27 @@ def open_samples(prefix, *, seq_length=SEQ_LENGTH):
     return TokenSamples(open_tokens(Path(prefix)), seq_length, vocab_size=TIED.vocab_size)
 
 
+DOCUMENT_LENGTHS = (3, 33, 12, 7, 50, 2, 21, 9, 14, 5)
+"""Tokens; the longest is longer than a sample of 32."""
+
+
+def write_documents(prefix):
+    """Random documents of `DOCUMENT_LENGTHS`."""
+    from nemo_minitron.data import indexed
+
+    generator = np.random.default_rng(5)
+    indexed.build(prefix, [generator.integers(TIED.vocab_size, size=length) for length in DOCUMENT_LENGTHS], np.uint16)
+    return prefix
+
+
+def open_documents(prefix, *, seq_length=SEQ_LENGTH, packed=True):
+    """Samples of what `write_documents` wrote."""
+    from nemo_minitron.data.documents import DocumentSamples
+    from nemo_minitron.data.indexed import open_tokens
+
+    return DocumentSamples(open_tokens(Path(prefix)), seq_length, packed=packed, vocab_size=TIED.vocab_size)
+
+
 @contextlib.contextmanager
 def formed(layout):
     """Megatron's groups for the name of a layout, gone again at the end; yields the `Layout`."""

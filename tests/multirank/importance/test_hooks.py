@@ -8,7 +8,17 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tests.support.tiny_llama import LAYOUTS, UNTIED, formed, open_samples, write_model, write_tokens
+from tests.support.tiny_llama import (
+    DOCUMENT_LENGTHS,
+    LAYOUTS,
+    UNTIED,
+    formed,
+    open_documents,
+    open_samples,
+    write_documents,
+    write_model,
+    write_tokens,
+)
 
 TOLERANCE = 1e-5
 IDS = [0, 3, 4, 9, 10, 17, 18, 25, 31, 38, 39]  # 11: neither micro-batches of 2 nor replicas divide it
@@ -148,3 +158,33 @@ def test_of_a_bf16_model_only_the_activations_are_rounded(rank_pool, files, acti
     sums, _ = reference(activations, CHOICES[()])
     error = np.abs(scores.tensors["ffn.mean.sum"] / sums["ffn.mean.sum"] - 1)
     assert 1e-6 < np.median(error) < 0.03  # bf16 has 8 bits: 4e-3 a number
+
+
+def collect_documents(rank, world_size, *, path, tokens, layout, seq_length, out):
+    """A job: score all documents, one a sample filled up to `seq_length`."""
+    from nemo_minitron.importance.hooks import collect_scores
+    from nemo_minitron.model.build import load_model, transformer_config
+
+    with formed(layout) as degrees:
+        model = load_model(UNTIED, Path(path), transformer_config(UNTIED, degrees), unfused_norms=True)
+        scores = collect_scores(model, open_documents(tokens, seq_length=seq_length, packed=False),
+                                np.arange(len(DOCUMENT_LENGTHS)), layout=degrees, micro_batch_size=3,
+                                source_digest="weights")
+    scores.save(Path(out) / str(rank))
+
+
+def test_padding_does_not_count(rank_pool, files, tmp_path):
+    """Documents of 2 to 50 tokens in samples of 50 and of 64, the latter also cut over ranks."""
+    from nemo_minitron.importance.scores import Scores
+
+    prefix = write_documents(tmp_path / "documents")
+    found = {}
+    for layout, seq_length in [("1x1", 50), ("1x1", 64), ("tp2 sp", 64), ("dp2", 50)]:
+        out = tmp_path / f"{layout} {seq_length}"
+        rank_pool(LAYOUTS[layout].world_size).run(f"{__name__}:collect_documents", path=files["path"], out=str(out),
+                                                  tokens=str(prefix), layout=layout, seq_length=seq_length)
+        found[layout, seq_length] = Scores.load(out / "0").tensors
+    expected = found.pop(("1x1", 50))
+    for case, tensors in found.items():
+        for name, values in expected.items():
+            np.testing.assert_allclose(tensors[name], values, rtol=1e-4, atol=1e-6, err_msg=f"{case} {name}")

@@ -20,7 +20,9 @@ from tests.support.tiny_llama import (
     UNEVEN,
     UNTIED,
     formed,
+    open_documents,
     open_samples,
+    write_documents,
     write_model,
     write_tokens,
 )
@@ -37,12 +39,13 @@ class Interrupted(Exception):
 
 
 def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False, teacher=None, terms=(), train=None,
-          phases=(), alpha=None, arriving=()):
+          phases=(), alpha=None, arriving=(), packed=False):
     """A job: train `files["student"]` once for each of `kinds`, in turn; the results go to `files["out"]`/kind.
 
     With `save`, there is a resume point after step 3; with `interrupt`, the run ends in an exception after step 4.
     `teacher` places it, `terms` are of the intermediate losses, `train` and `phases` change the recipe. `arriving` are
     snapshots of the teacher: the n-th comes to `out`/snapshots when the held-out loss is measured for the n-th time.
+    With `packed`, samples are of whole documents.
     """
     from nemo_minitron.config import OptimConfig, PhaseConfig, ProfileConfig, StopConfig, TrainConfig
     from nemo_minitron.training.budget import plan_phases
@@ -57,7 +60,8 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
                             "profile": ProfileConfig(**changed.get("profile", {}))})
     # A small eps would let Adam turn rounding errors of tiny gradients into steps of full size.
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, clip_grad=0.5, eps=1e-4)
-    samples = open_samples(files["tokens"])
+    opened = open_documents if packed else open_samples
+    samples = opened(files["tokens"])
     out = Path(files["out"])
     facts = {}
     with formed(layout) as degrees:
@@ -83,7 +87,7 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
             callbacks = [ExchangeTeacher(out / "snapshots", every_steps=1, record=out / "teachers.jsonl", label=kind)]
             try:
                 trained = fit(
-                    module, lambda length: open_samples(files["tokens"], seq_length=length), label=kind,
+                    module, lambda length: opened(files["tokens"], seq_length=length), label=kind,
                     directory=out / kind, phases=planned, layout=degrees, train=recipe, optim=optim, seed=5,
                     distributed_optimizer=False, measure=measure, keep=keep, callbacks=callbacks if arriving else (),
                 )
@@ -215,6 +219,31 @@ def test_every_layout_trains_alike(trained, layout, name, kind):
     expected, _ = trained("1x1", name)
     assert_same_numbers(out, expected, kind)
     assert_same_weights(out, expected, kind)
+
+
+@pytest.fixture(scope="module")
+def packed(files, rank_pool):
+    """`packed(layout)`: folder of a distillation on packed documents."""
+    write_documents(files["directory"] / "documents")
+
+    def get(layout):
+        out = files["directory"] / f"packed {layout}"
+        if not out.exists():
+            run({**files, "tokens": str(files["directory"] / "documents")}, rank_pool, layout, "tied", ["kd"], out,
+                packed=True)
+        return out
+
+    return get
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp", "dp2", "tp2 pp2"])
+def test_on_packed_documents_every_layout_trains_alike(packed, layout):
+    """The denominator is the number of valid tokens, which differs from micro-batch to micro-batch."""
+    assert_same_numbers(packed(layout), packed("1x1"), "kd")
+    assert_same_weights(packed(layout), packed("1x1"), "kd")
+    tokens = [step["tokens"] for step in lines(packed("1x1"), "kd")[0].values()]
+    places = GLOBAL_BATCH * SEQ_LENGTH
+    assert all(0.5 * places * step < count < places * step for step, count in enumerate(tokens, 1))
 
 
 def test_trainings_in_one_worker_do_not_disturb_each_other(files, trained, rank_pool):
