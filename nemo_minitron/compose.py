@@ -115,7 +115,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"unknown entry in {name}", expected=", ".join(allowed), found=", ".join(unknown),
                               key=name)
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed")),
+        ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed", "chat")),
         ("data.packing", config.data.packing, ("none", "documents")),
         ("importance.method", config.importance.method, ("activations", "magnitude", "random")),
         ("importance.batch", config.importance.batch, ("mean", "l2", "var")),

@@ -94,7 +94,7 @@ class DataConfig:
     """Text or tokens, cut into samples of `seq_length` tokens, each with an id."""
 
     kind: str = "auto"
-    """corpus (the embedded sympy sources), text, indexed (.bin/.idx), or auto: by what `path` is."""
+    """corpus (the embedded sympy sources), text, indexed (.bin/.idx), chat, or auto: by what `path` is, never chat."""
     path: str | None = None
     """A text file, a folder of text files, or the prefix of a .bin/.idx pair; null means corpus."""
     separator: str | None = None
@@ -112,8 +112,10 @@ class DataConfig:
     seq_length: int = 256
     """Tokens a sample."""
     packing: str = "none"
-    """none: the stream of tokens cut into samples, attention across documents; documents: whole documents side by side
-    in a sample, attention inside each."""
+    """none: the stream of tokens cut into samples, attention across documents (of chat: one conversation a sample);
+    documents: whole documents side by side in a sample, attention inside each."""
+    chat_template: str | None = None
+    """Of chat: a file with the Jinja template that makes text of conversations; null: the tokenizer's own."""
 
 
 @dataclass

@@ -54,7 +54,7 @@ def check_blend(blend: list[BlendSource], path: str | None, kind: str = "auto") 
     if path is not None:
         raise ConfigError("a path and a blend", expected="data.path or data.blend", found="both", key="data.blend")
     if kind == "corpus":
-        raise ConfigError("a blend of the embedded corpus", expected="auto, text or indexed", found=kind,
+        raise ConfigError("a blend of the embedded corpus", expected="auto, text, indexed or chat", found=kind,
                           key="data.kind or data.blend")
     names = [source.name for source in blend]
     if len(set(names)) < len(names):

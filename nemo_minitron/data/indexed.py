@@ -21,13 +21,13 @@ from nemo_minitron.errors import DataError
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-TokenDtype = type[np.uint16] | type[np.int32]
+TokenDtype = type[np.uint8] | type[np.uint16] | type[np.int32]
 
 # Start of an .idx file (megatron-core 0.15.3, `_IndexWriter`): magic, version 1, dtype code, then the number of
 # sequences (int32 length and int64 pointer each) and the number of document ends (int64 each).
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_CODES: dict[TokenDtype, int] = {np.int32: 4, np.uint16: 8}
+_DTYPE_CODES: dict[TokenDtype, int] = {np.uint8: 1, np.int32: 4, np.uint16: 8}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

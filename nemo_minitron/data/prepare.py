@@ -5,10 +5,12 @@ is written last, atomically: a folder without it, or whose files have other size
 One process prepares (Megatron is imported only when there is something to write, or with token files of the
 user's own); every other reads.
 
-Three kinds of data:
+Four kinds of data:
 
 - "corpus": the embedded corpus, split by file (`corpus`). Calibration text is disjoint from the train text.
 - "text": a file or folder of the user's own, split by document (`text.split_documents`).
+- "chat": conversations in JSON lines (`conversations`), split like text, with a second pair of files for each split:
+  `SPLIT_answers.{bin,idx}`, 1 for each token that an assistant says (`chat`).
 - "indexed": Megatron .bin/.idx files used where they are. `path` is a folder with the prefixes `train`, `heldout`
   and perhaps `calibration`, or one prefix of which the last documents are held out. Where there is no
   calibration prefix, calibration samples are drawn from all of the train tokens.
@@ -27,12 +29,15 @@ from numpy.typing import NDArray
 
 from nemo_minitron.artifacts import digest_json, read_json, write_json
 from nemo_minitron.data import corpus, indexed
+from nemo_minitron.data.chat import chat_template as read_template
+from nemo_minitron.data.chat import encode_conversation
+from nemo_minitron.data.conversations import messages_of, read_conversations
 from nemo_minitron.data.indexed import IndexedTokens, TokenRange
 from nemo_minitron.data.text import Document, heldout_count, read_documents, split_documents
 from nemo_minitron.data.tokenizer import encode_documents, load_tokenizer, num_pieces, tokenizer_digest
 from nemo_minitron.errors import ConfigError, DataError
 
-KINDS = ("corpus", "text", "indexed")
+KINDS = ("corpus", "text", "indexed", "chat")
 _FORMAT = 1  # part of the digest: raise it when the same text and tokenizer give other tokens
 _DOCUMENTS_PER_CALL = 256
 
@@ -42,26 +47,34 @@ class PreparedData:
     """Token files ready to be read: one range of tokens for each of "train", "calibration" and "heldout".
 
     `num_heldout_bytes` is the UTF-8 size of the held-out text, the denominator of bits per byte (None where only
-    tokens are known). `digest` identifies text, split and tokenizer.
+    tokens are known). `digest` identifies text, split and tokenizer (and chat template). `chat`: there are answers.
     """
 
     splits: dict[str, TokenRange]
     num_heldout_bytes: int | None
     digest: str
+    chat: bool = False
 
     def open(self, split: str) -> IndexedTokens:
         """The split's tokens; imports Megatron. Raises `DataError` where its files are gone or truncated."""
         tokens = self.splits[split]
         return indexed.open_tokens(tokens.prefix, start=tokens.start, num_tokens=tokens.num_tokens)
 
+    def open_answers(self, split: str) -> IndexedTokens:
+        """Of chat data: 1 for each of the split's tokens that is an answer's, else 0."""
+        assert self.chat
+        return indexed.open_tokens(_answers(self.splits[split].prefix))
+
 
 def prepare(*, kind: str, directory: Path, tokenizer_directory: Path, path: Path | None = None,
             separator: str | None = None, json_key: str = "text", num_heldout: int | None = None,
-            heldout_fraction: float = 0.02, calibration_fraction: float = 0.1) -> PreparedData:
+            heldout_fraction: float = 0.02, calibration_fraction: float = 0.1,
+            chat_template: Path | None = None) -> PreparedData:
     """Tokenize the text with the tokenizer in `tokenizer_directory`, or find it done before.
 
-    `path` is needed by "text" and "indexed"; `separator`, `json_key`, `num_heldout`, `heldout_fraction` (and, for
-    "text", `calibration_fraction`) mean what they do in `text`.
+    `path` is needed by all but "corpus"; `chat_template` is a file, None the tokenizer's own template; `separator`,
+    `json_key`, `num_heldout`, `heldout_fraction` (and, for "text" and "chat", `calibration_fraction`) mean what they do
+    in `text`.
 
     Raises:
         ConfigError: An unknown `kind`, a missing `path`, a fraction that is none.
@@ -76,9 +89,11 @@ def prepare(*, kind: str, directory: Path, tokenizer_directory: Path, path: Path
         raise ConfigError("no data", expected=f"a path for kind {kind}", found="none", key="data.path")
     if kind == "indexed":
         return _use_indexed(path, num_heldout, heldout_fraction)
-    documents = split_documents(read_documents(path, separator=separator, json_key=json_key),
-                                num_heldout=num_heldout, heldout_fraction=heldout_fraction,
+    found = read_conversations(path) if kind == "chat" else read_documents(path, separator=separator, json_key=json_key)
+    documents = split_documents(found, num_heldout=num_heldout, heldout_fraction=heldout_fraction,
                                 calibration_fraction=calibration_fraction)
+    if kind == "chat":
+        return _prepare_chat(documents, tokenizer_directory, directory, chat_template)
     return _prepare_text(documents, tokenizer_directory, directory)
 
 
@@ -88,11 +103,15 @@ def _corpus_documents() -> dict[str, list[Document]]:
                     for file in corpus.corpus_files(split)] for split in corpus.SPLITS}
 
 
-def _prepare_text(documents: dict[str, list[Document]], tokenizer_directory: Path, directory: Path) -> PreparedData:
-    tokenizer = load_tokenizer(tokenizer_directory)
+def _identity(documents: dict[str, list[Document]], tokenizer_directory: Path) -> dict[str, Any]:
     texts = {split: [hashlib.sha256(document.text.encode()).hexdigest() for document in documents[split]]
              for split in corpus.SPLITS}
-    digest = digest_json({"format": _FORMAT, "texts": texts, "tokenizer": tokenizer_digest(tokenizer_directory)})
+    return {"format": _FORMAT, "texts": texts, "tokenizer": tokenizer_digest(tokenizer_directory)}
+
+
+def _prepare_text(documents: dict[str, list[Document]], tokenizer_directory: Path, directory: Path) -> PreparedData:
+    tokenizer = load_tokenizer(tokenizer_directory)
+    digest = digest_json(_identity(documents, tokenizer_directory))
     folder = directory / digest[:16]
     if (found := _read(folder, digest)) is not None:
         return found
@@ -111,6 +130,40 @@ def _prepare_text(documents: dict[str, list[Document]], tokenizer_directory: Pat
     return prepared
 
 
+def _prepare_chat(documents: dict[str, list[Document]], tokenizer_directory: Path, directory: Path,
+                  template_file: Path | None) -> PreparedData:
+    tokenizer = load_tokenizer(tokenizer_directory)
+    template = read_template(tokenizer, template_file)
+    digest = digest_json({**_identity(documents, tokenizer_directory), "chat_template": template})
+    folder = directory / digest[:16]
+    if (found := _read(folder, digest)) is not None:
+        return found
+    dtype = indexed.token_dtype(num_pieces(tokenizer))
+    num_tokens, num_answer_tokens = {}, {}
+    for split in corpus.SPLITS:
+        encoded = [encode_conversation(tokenizer, template, messages_of(document), document.id)
+                   for document in documents[split]]
+        num_tokens[split] = indexed.build(folder / split, (ids for ids, _ in encoded), dtype)
+        indexed.build(_answers(folder / split), (answers for _, answers in encoded), np.uint8)
+        num_answer_tokens[split] = sum(int(answers.sum()) for _, answers in encoded)
+    write_json(folder / "data.json", {
+        "digest": digest,
+        "chat": True,
+        "num_tokens": num_tokens,
+        "num_answer_tokens": num_answer_tokens,
+        "num_documents": {split: len(documents[split]) for split in corpus.SPLITS},
+        "num_heldout_bytes": None,
+        "file_sizes": _file_sizes(folder),
+    })
+    prepared = _read(folder, digest)
+    assert prepared is not None
+    return prepared
+
+
+def _answers(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + "_answers")
+
+
 def _encoded(tokenizer: Any, documents: list[Document]) -> Iterator[NDArray[np.int32]]:
     for first in range(0, len(documents), _DOCUMENTS_PER_CALL):
         batch = documents[first : first + _DOCUMENTS_PER_CALL]
@@ -126,7 +179,8 @@ def _read(folder: Path, digest: str) -> PreparedData | None:
         return None
     splits = {split: TokenRange(prefix=folder / split, start=0, num_tokens=record["num_tokens"][split])
               for split in corpus.SPLITS}
-    return PreparedData(splits=splits, num_heldout_bytes=record["num_heldout_bytes"], digest=digest)
+    return PreparedData(splits=splits, num_heldout_bytes=record["num_heldout_bytes"], digest=digest,
+                        chat=record.get("chat", False))
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

@@ -32,7 +32,7 @@ def source_digest(kind: str, path: str | None) -> str | None:
 
 
 def _source_files(path: Path, kind: str) -> dict[str, Path]:
-    if kind == "text":
+    if kind in ("text", "chat"):
         return {path.name: path} if path.is_file() else text_files(path)
     found = [*path.glob("*.idx"), *path.glob("*.bin")] if path.is_dir() else [Path(f"{path}.idx"), Path(f"{path}.bin")]
     return {file.name: file for file in sorted(found) if file.is_file()}

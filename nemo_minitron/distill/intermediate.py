@@ -101,7 +101,7 @@ class IntermediateLosses:
         valid_SB = batch.loss_mask.t() != 0
         if self._config.sequence_parallel:
             self._valid_shard_SB = valid_SB.chunk(groups.tp_size())[groups.tp_rank()]
-        self._valid_SB, self._teacher = valid_SB, teacher
+        self._valid_SB, self._document_ids_BS, self._teacher = valid_SB, batch.document_ids, teacher
         try:
             yield
         finally:
@@ -122,7 +122,8 @@ class IntermediateLosses:
         term = self.terms[index]
         if term.state == "attention":
             local = self.relation_heads // groups.tp_size()
-            parts = [relation_kl(own, self._teacher[index, part], self._valid_SB, relation_heads=local)
+            parts = [relation_kl(own, self._teacher[index, part], self._valid_SB, relation_heads=local,
+                                 document_ids_BS=self._document_ids_BS)
                      for part, own in enumerate(states)]
             return torch.stack(parts).sum() / self.relation_heads
         valid = self._valid_shard_SB if self._config.sequence_parallel else self._valid_SB

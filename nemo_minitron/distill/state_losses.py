@@ -34,7 +34,8 @@ def mse_of_states(student_SBH: Tensor, teacher_SBH: Tensor, valid_SB: Tensor) ->
     return ((student - teacher).square().mean(-1) * valid_SB).sum()
 
 
-def relation_kl(student_SBC: Tensor, teacher_SBC: Tensor, valid_SB: Tensor, *, relation_heads: int) -> Tensor:
+def relation_kl(student_SBC: Tensor, teacher_SBC: Tensor, valid_SB: Tensor, *, relation_heads: int,
+                document_ids_BS: Tensor | None = None) -> Tensor:
     """Sum over valid tokens of KL(teacher || student) of how a token relates to those before it and itself, nats.
 
     The relation of a token in one relation head is softmax(A A^T / sqrt(d)) over the tokens up to it, with A the
@@ -47,17 +48,20 @@ def relation_kl(student_SBC: Tensor, teacher_SBC: Tensor, valid_SB: Tensor, *, r
         teacher_SBC: [S, B, C'], C' of the teacher; a constant.
         valid_SB: [S, B] bool.
         relation_heads: how many there are among these channels; a divisor of C and of C'.
+        document_ids_BS: [B, S] as in `Batch`: a token relates to those of its own document only; None: one each row.
     """
+    sequence = student_SBC.shape[0]
+    seen = torch.ones(sequence, sequence, dtype=torch.bool, device=student_SBC.device).tril()
+    if document_ids_BS is not None:
+        seen = (seen & (document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1))).unsqueeze(1)  # [B, 1, S, S]
     log_probs = []
     for states in (student_SBC, teacher_SBC.detach()):
-        sequence, batch, channels = states.shape
+        batch, channels = states.shape[1:]
         heads = states.to(_wide(states)).reshape(sequence, batch, relation_heads, -1).permute(1, 2, 0, 3)
         scores_BRSS = heads @ heads.transpose(-1, -2) / math.sqrt(channels // relation_heads)
-        later = torch.ones(sequence, sequence, dtype=torch.bool, device=states.device).triu(1)
-        log_probs.append(torch.log_softmax(scores_BRSS.masked_fill(later, -torch.inf), -1).masked_fill(later, 0.0))
+        log_probs.append(torch.log_softmax(scores_BRSS.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0.0))
     student, teacher = log_probs
-    seen = torch.ones_like(teacher[0, 0]).tril()  # exp(0) of a later token would count as one
-    kl_BRS = (teacher.exp() * seen * (teacher - student)).sum(-1)
+    kl_BRS = (teacher.exp() * (teacher - student)).sum(-1)  # both are 0 where a token is not seen
     valid = valid_SB.t().unsqueeze(1)
     return torch.where(valid, kl_BRS, 0.0).sum()
 

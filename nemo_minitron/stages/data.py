@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from nemo_minitron.arch import ArchSpec
@@ -56,6 +55,7 @@ def prepared_data(context: Context, tokenizer_directory: Path, arch: ArchSpec) -
             separator=data.separator, json_key=data.json_key,
             num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction,
             calibration_fraction=data.calibration_fraction,
+            chat_template=None if data.chat_template is None else Path(data.chat_template),
         )
 
     def find_or_make() -> RecipeData:
@@ -73,7 +73,19 @@ def split_samples(context: Context, prepared: RecipeData, split: str, arch: Arch
                   seq_length: int | None = None) -> Samples:
     """Samples of "train", "calibration" or "heldout", of `data.seq_length` tokens or another length."""
     length = seq_length or context.config.data.seq_length
-    kind: Callable[..., Samples] = TokenSamples if prepared.packing == "none" else DocumentSamples
-    sources = [kind(source.open(split), length, vocab_size=arch.vocab_size)
-               for source in prepared.sources]
+    sources = [_source_samples(context, source, split, prepared.packing, arch, length) for source in prepared.sources]
     return sources[0] if prepared.weights is None else BlendedSamples(sources, prepared.weights)
+
+
+def _source_samples(context: Context, source: PreparedData, split: str, packing: str, arch: ArchSpec,
+                    seq_length: int) -> Samples:
+    tokens = source.open(split)
+    if packing == "none" and not source.chat:
+        return TokenSamples(tokens, seq_length, vocab_size=arch.vocab_size)
+    samples = DocumentSamples(tokens, seq_length, packed=packing == "documents", vocab_size=arch.vocab_size,
+                              answers=source.open_answers(split) if source.chat else None)
+    if source.chat:
+        context.say(f"[data] {split}: {samples.num_evaluation_samples:,} samples, {samples.fill:.0%} full; "
+                    f"{samples.num_truncated:,} conversations cut off after {seq_length} tokens, "
+                    f"{samples.num_dropped:,} without an answer in them left out")
+    return samples

@@ -64,7 +64,7 @@ def _train_texts(context: Context) -> list[str]:
             verify()
             texts += [file.read_text(encoding="utf-8") for file in corpus_files("train")]
             continue
-        if kind == "indexed" or path is None:
+        if kind in ("indexed", "chat") or path is None:
             raise DataError("a tokenizer needs text", expected="data.kind corpus or text", found=kind, key="data.kind")
         documents = split_documents(read_documents(Path(path), separator=data.separator, json_key=data.json_key),
                                     num_heldout=data.num_heldout, heldout_fraction=data.heldout_fraction)

@@ -95,13 +95,7 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         unused = _WITHOUT_EFFECT if part["train"]["keep_best"] else (*_WITHOUT_EFFECT, *_LOOKS)
         part["train"] = {key: value for key, value in part["train"].items() if key not in unused}
     if "data" in part:
-        if part["data"]["packing"] == "none":
-            part["data"].pop("packing")  # as before there was a choice: what is done stays done
-        kind, path = part["data"]["kind"], part["data"].pop("path")
-        part["data"] |= {"kind": resolve_kind(kind, path), "digest": source_digest(kind, path)}
-        for source in part["data"]["blend"]:
-            found = source.pop("path")
-            source |= {"kind": resolve_kind(kind, found), "digest": source_digest(kind, found)}
+        part["data"] = _what_is_read(part["data"])
     if stage == "score":
         part["importance"] = _what_is_collected(part["importance"])
         if context.config.importance.iterations > 1:
@@ -130,6 +124,20 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     if stage in ("ce", "scratch"):
         part["distill"] = {key: part["distill"][key] for key in ("tokens", "phases")}
     return part
+
+
+def _what_is_read(data: dict[str, Any]) -> dict[str, Any]:
+    """A node of data with digests in the place of paths; without the later keys where they have no effect."""
+    kind, path, template = data["kind"], data.pop("path"), data.pop("chat_template")
+    data |= {"kind": resolve_kind(kind, path), "digest": source_digest(kind, path)}
+    for source in data["blend"]:
+        found = source.pop("path")
+        source |= {"kind": resolve_kind(kind, found), "digest": source_digest(kind, found)}
+    if data["packing"] == "none":
+        data.pop("packing")
+    if template is not None and Path(template).is_file():
+        data["chat_template"] = digest_files([Path(template)])
+    return data
 
 
 def _what_is_collected(importance: dict[str, Any]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def test_a_folder_of_prefixes_is_used_in_place(tmp_path, tokenizer_directory):
 
 
 def test_unusable_settings_are_refused(arguments):
-    with pytest.raises(ConfigError, match=r"corpus, text, indexed; found web .*data\.kind"):
+    with pytest.raises(ConfigError, match=r"corpus, text, indexed, chat; found web .*data\.kind"):
         prepare(**{**arguments, "kind": "web"})
     with pytest.raises(ConfigError, match=r"data\.path"):
         prepare(**{**arguments, "path": None})

@@ -48,6 +48,22 @@ def test_relations_look_back_only(heads):
                        relation_kl(student, teacher, before, relation_heads=heads))
 
 
+def test_relations_stay_inside_documents():
+    """Packed documents cost what each costs alone; padding (0) counts for nothing."""
+    student, teacher = torch.randn(S, B, 8, dtype=torch.float64), torch.randn(S, B, 12, dtype=torch.float64)
+    document_ids = torch.tensor([[1, 1, 2, 2, 2], [1, 2, 2, 0, 0], [1, 1, 1, 1, 1]])
+    valid = document_ids.t() != 0
+    expected = 0.0
+    for row in range(B):
+        for number in document_ids[row].unique().tolist()[document_ids[row].min() == 0:]:
+            own = document_ids[row] == number
+            parts = [states[own, row].unsqueeze(1) for states in (student, teacher)]
+            expected += relation_kl(*parts, torch.ones(int(own.sum()), 1, dtype=torch.bool), relation_heads=2).item()
+    found = relation_kl(student, teacher, valid, relation_heads=2, document_ids_BS=document_ids)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert found.item() != pytest.approx(relation_kl(student, teacher, valid, relation_heads=2).item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("loss", [cosine_of_states, mse_of_states])
 def test_what_is_masked_has_no_part(states, loss):
     """Not its NaNs, not its zeros, whose norm has no gradient; nothing valid gives zero."""
