@@ -23,11 +23,11 @@ from nemo_minitron.config_rounds import (
     TargetConfig,
 )
 from nemo_minitron.config_training import (
+    KD_LOSSES,
     CorrectConfig,
     DistillConfig,
     IntermediateConfig,
     IntermediateTermConfig,
-    KD_LOSSES,
     OptimConfig,
     PhaseConfig,
     ProfileConfig,
@@ -37,10 +37,30 @@ from nemo_minitron.config_training import (
 )
 
 __all__ = [
-    "BlendSource", "CONTROLS", "Config", "CorrectConfig", "DataConfig", "DepthConfig", "DistillConfig",
-    "EvaluateConfig", "ImportanceConfig", "IntermediateConfig", "IntermediateTermConfig", "KD_LOSSES",
-    "LAYER_METRICS", "ModelConfig", "OptimConfig", "ParallelConfig", "PhaseConfig", "ProfileConfig", "PruneConfig",
-    "STAGES", "StopConfig", "TeacherConfig", "TeacherPlacementConfig", "TrainConfig",
+    "CONTROLS",
+    "KD_LOSSES",
+    "LAYER_METRICS",
+    "STAGES",
+    "BlendSource",
+    "Config",
+    "CorrectConfig",
+    "DataConfig",
+    "DepthConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ImportanceConfig",
+    "IntermediateConfig",
+    "IntermediateTermConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PhaseConfig",
+    "ProfileConfig",
+    "PruneConfig",
+    "StopConfig",
+    "TeacherConfig",
+    "TeacherPlacementConfig",
+    "TrainConfig",
 ]
 STAGES = ("initialize", "correct", "score", "prune", "cache_teacher", "distill", "ce", "scratch", "evaluate", "report")
 CONTROLS = ("ce", "scratch")

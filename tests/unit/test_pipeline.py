@@ -42,7 +42,7 @@ def test_a_recipe_that_fits(parallel, recipe):
 def test_an_fp8_teacher_needs_transformer_engine(recipe, monkeypatch):
     context = Context(config=recipe(distill={"teacher": {"precision": "fp8"}}))
     monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="Transformer Engine.*distill.teacher.precision"):
+    with pytest.raises(ConfigError, match=r"Transformer Engine.*distill.teacher.precision"):
         pipeline.check_recipe(context)
     monkeypatch.setattr(pipeline, "find_spec", lambda name: "found")
     pipeline.check_recipe(context)
