@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("minitron: interrupted; the same command goes on from here", file=sys.stderr)
         return 1
     except Exception as error:
-        from nemo_minitron.pipeline import WorkerError
+        from nemo_minitron.launch.workers import WorkerError
 
         print(error if isinstance(error, WorkerError) else traceback.format_exc(), file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nemo_minitron.config import (
     KD_LOSSES,
     LAYER_METRICS,
     STAGES,
+    ClusterConfig,
     Config,
     DistillConfig,
     OptimConfig,
@@ -114,9 +116,12 @@ def _check(config: Config) -> None:
         if unknown:
             raise ConfigError(f"unknown entry in {name}", expected=", ".join(allowed), found=", ".join(unknown),
                               key=name)
+    if unknown := [value for value in config.only if value not in STAGES]:
+        raise ConfigError("unknown entry in only", expected=", ".join(STAGES), found=", ".join(unknown), key="only")
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed", "chat")),
         ("data.packing", config.data.packing, ("none", "documents")),
+        ("cluster.launcher", config.cluster.launcher, ("auto", "local", "srun")),
         ("importance.method", config.importance.method, ("activations", "magnitude", "random")),
         ("importance.batch", config.importance.batch, ("mean", "l2", "var")),
         ("importance.sequence", config.importance.sequence, ("mean", "l2", "var")),
@@ -178,8 +183,35 @@ def _check(config: Config) -> None:
     if config.train.keep_best and not config.train.eval_every_steps:
         raise ConfigError("no looks at held-out data to find the best", expected="train.eval_every_steps of 1 or more",
                           found="0", key="train.keep_best")
+    _check_cluster(config.cluster)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
+
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    """Sizes that are none, and secrets, which would be written beside every result."""
+    for name in ("nodes", "processes_per_node", "cpus_per_task"):
+        value = getattr(cluster, name)
+        if value is not None and value < 1:
+            raise ConfigError("bad value", expected="a positive number or null", found=str(value),
+                              key=f"cluster.{name}")
+    for name in ("gpus_per_node", "grace_s", "max_restarts"):
+        if getattr(cluster, name) < 0:
+            raise ConfigError("bad value", expected="zero or more", found=str(getattr(cluster, name)),
+                              key=f"cluster.{name}")
+    secret = [name for name in cluster.environment if _SECRET.search(name)]
+    if secret:
+        raise ConfigError("a secret does not belong in a recipe, which is written beside every result",
+                          expected="it in the environment of the shell that submits, which is passed on",
+                          found=", ".join(secret), key="cluster.environment")
+    for job in cluster.jobs:
+        unknown = [stage for stage in job.stages if stage not in STAGES]
+        if unknown or not job.stages:
+            raise ConfigError("a job of unknown stages", expected=", ".join(STAGES),
+                              found=", ".join(unknown) or "none", key="cluster.jobs")
 
 
 def _check_distill(distill: DistillConfig, train: TrainConfig) -> None:

@@ -233,6 +233,54 @@ class EvaluateConfig:
 
 
 @dataclass
+class JobConfig:
+    """One Slurm job of a recipe's chain."""
+
+    stages: list[str] = MISSING
+    """Stages and controls of the recipe that it runs."""
+    overrides: list[str] = field(default_factory=list)
+    """Hydra overrides of this job alone: its layout (`parallel.tp=8`), nodes or time limit."""
+
+
+@dataclass
+class ClusterConfig:
+    """How processes are started, and what is asked of Slurm. No result depends on it."""
+
+    launcher: str = "auto"
+    """local (torchrun on this machine), srun (inside an allocation), or auto: srun where there is an allocation."""
+    account: str | None = None
+    partition: str | None = None
+    nodes: int | None = None
+    """null: as many as the layout needs."""
+    gpus_per_node: int = 0
+    """GPUs of each node, a rank each; 0: ranks compute on CPU."""
+    processes_per_node: int | None = None
+    """Ranks on each node; null: `gpus_per_node`, or all ranks on one node where that is 0."""
+    cpus_per_task: int | None = None
+    """CPUs bound to each rank; null: Slurm's own default."""
+    time_limit: str | None = None
+    """Of each job, in Slurm's form (D-HH:MM:SS); null: the partition's default."""
+    grace_s: int = 180
+    """Seconds before the time limit at which ranks are told to write a resume point; 0: they are not told."""
+    requeue: bool = True
+    """Put a job that was stopped by a signal, or lost a node, back into the queue."""
+    max_restarts: int = 100
+    """After so many restarts a stopped job is not put back."""
+    container: str | None = None
+    """Image for Pyxis (`--container-image`): a .sqsh file or a registry's name; null: no container."""
+    mounts: list[str] = field(default_factory=list)
+    """SOURCE:TARGET[:ro] folders inside the container; the checkout and `output_dir` are added."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further options of sbatch, as they are."""
+    srun: list[str] = field(default_factory=list)
+    """Further options of srun, as they are."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Set for every rank. Not for secrets: those pass through from the submitting shell."""
+    jobs: list[JobConfig] = field(default_factory=list)
+    """The recipe as a chain of dependent jobs; empty: one job."""
+
+
+@dataclass
 class Config:
     """The whole recipe, as in `outputs/NAME/config.yaml`."""
 
@@ -243,6 +291,8 @@ class Config:
     stages: list[str] = field(default_factory=lambda: ["score", "prune", "distill", "evaluate", "report"])
     controls: list[str] = field(default_factory=list)
     """Controls to run too: ce (the pruned model trained by cross-entropy), scratch (random weights)."""
+    only: list[str] = field(default_factory=list)
+    """Of stages and controls, the ones to run now (a job of a chain); empty: all."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -258,6 +308,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property
     def run_dir(self) -> Path:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,17 +16,16 @@ from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.config import Config
 from nemo_minitron.data.blend import check_blend
 from nemo_minitron.errors import ConfigError, UserError
+from nemo_minitron.launch.processes import is_srun, placement
+from nemo_minitron.launch.requeue import requeue
+from nemo_minitron.launch.workers import Stopped, run_workers
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
-from nemo_minitron.stages.registry import STAGES, check_inputs, due_stages, wanted_stages
+from nemo_minitron.stages.registry import STAGES, asked_stages, check_inputs, due_stages, wanted_stages
 from nemo_minitron.stages.targets import check_depth, check_layer_metric, how_to_rank, resolved_target
 from nemo_minitron.stages.teaching import intermediate_terms, relation_heads, teacher_layout
 from nemo_minitron.training.budget import check_warmup, plan_phases
-
-
-class WorkerError(Exception):
-    """A worker process failed for a reason that is not the user's; its traceback is in the message."""
 
 
 def run(config: Config, arguments: list[str]) -> None:
@@ -39,21 +33,28 @@ def run(config: Config, arguments: list[str]) -> None:
 
     Raises:
         UserError: also when found on a rank.
+        Stopped: a signal ended the ranks; a Slurm job has been put back into the queue.
         WorkerError: anything else that ended a worker.
     """
     context = Context(config=config, command=" ".join(["minitron", *arguments]))
     check_recipe(context)
     with _lock(config.run_dir) as lock:
         _record(config, arguments)
-        due = due_stages(context)
+        asked = asked_stages(context)
+        due = [stage for stage in due_stages(context) if stage in asked]
         check_inputs(context, due)
-        done = [stage for stage in wanted_stages(context) if stage not in due]
+        done = [stage for stage in asked if stage not in due]
         if done:
             print(f"already done: {', '.join(done)}", flush=True)
-        if any(STAGES[stage].ranks for stage in due):
-            _run_workers(context, due, lock)
-        else:
+        processes = context.layout.world_size if any(STAGES[stage].ranks for stage in due) else 0
+        if processes == 0 and (not due or not is_srun(config.cluster)):
             execute(context, due)
+            return
+        try:
+            run_workers(config, due, processes=processes, command=context.command, lock=lock)
+        except Stopped:
+            requeue(config.cluster)
+            raise
 
 
 def check_recipe(context: Context) -> None:
@@ -63,6 +64,8 @@ def check_recipe(context: Context) -> None:
         UserError: a missing or unusable teacher, a target, layout, batch or warm-up that does not fit.
     """
     config, layout = context.config, context.layout
+    if is_srun(config.cluster):
+        placement(config.cluster, layout.world_size)
     if config.rounds:
         raise ConfigError("several rounds are planned, not run yet", key="rounds", found=f"{len(config.rounds)} rounds",
                           expected="an empty list (minitron plan says what they would cost)")
@@ -151,63 +154,3 @@ def _lock(run_dir: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _run_workers(context: Context, stages: list[str], lock: int) -> None:
-    """Start one process a rank under torchrun and wait; all `stages` run in the same processes."""
-    config = context.config
-    job_dir = config.run_dir / "job"
-    job_dir.mkdir(exist_ok=True)
-    for old in job_dir.glob("error_*.json"):
-        old.unlink()
-    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages, "command": context.command})
-    processes = context.layout.world_size
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               "-m", "nemo_minitron.worker", str(job_dir)]
-    worker = subprocess.Popen(command, env=worker_environment(config, processes), pass_fds=(lock,),
-                              preexec_fn=_end_with_parent, stderr=subprocess.PIPE)
-    errors = _watch(worker)
-    if worker.returncode != 0:
-        _raise_worker_error(job_dir, errors)
-
-
-def worker_environment(config: Config, processes: int) -> dict[str, str]:
-    """Environment of the ranks: fixed thread counts, without which sums on CPU are not the same twice."""
-    threads = config.parallel.num_threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE",
-             "MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",
-             "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore",
-             "NEMO_EXPM_VERSION": "", "ONE_LOGGER_JOB_CATEGORY": "test"}
-    return {**os.environ, **fixed}
-
-
-def _end_with_parent() -> None:
-    """In the child: be told to end when the parent is killed (Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
-
-
-def _watch(worker: subprocess.Popen[bytes]) -> list[str]:
-    """Wait for the worker, keeping the last lines of its stderr; an interrupt is passed on and waited for."""
-    lines: list[str] = []
-    assert worker.stderr is not None
-    try:
-        for raw in worker.stderr:
-            lines = [*lines[-199:], raw.decode(errors="replace")]
-        worker.wait()
-    except KeyboardInterrupt:
-        worker.send_signal(signal.SIGINT)
-        worker.wait()
-        raise
-    return lines
-
-
-def _raise_worker_error(job_dir: Path, stderr: list[str]) -> None:
-    """Raise what the ranks wrote down: a user's mistake first, else the first traceback, else their stderr."""
-    records = [json.loads(path.read_text()) for path in sorted(job_dir.glob("error_*.json"))]
-    for record in records:
-        if record["kind"] == "user":
-            raise UserError(record["message"])
-    if records:
-        first = min(records, key=lambda record: float(record["time"]))
-        raise WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")
-    raise WorkerError("a worker ended without saying why:\n" + "".join(stderr))

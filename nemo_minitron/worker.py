@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import datetime
 import faulthandler
+import fcntl
+import json
 import logging
 import os
 import signal
@@ -16,30 +18,64 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import read_json, write_json
-from nemo_minitron.errors import UserError
+from nemo_minitron.errors import ConfigError, UserError
+from nemo_minitron.launch import signals
+from nemo_minitron.launch.slurm_env import torch_variables
+from nemo_minitron.launch.workers import RECORD, check_token
 
 
 def main() -> int:
-    """Run `job.json` in the folder given as the only argument; leave `error_RANK.json` there when it fails."""
+    """Run `job.json` in the folder given as the only argument; leave `error_RANK.json` there when it fails.
+
+    torchrun or srun starts one process a rank.
+    """
     job_dir = Path(sys.argv[1])
+    os.umask(os.umask(0o077) | 0o022)  # results are not to be changed by others
+    _take_rank()
     rank = int(os.environ.get("RANK", "0"))
+    signals.listen()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    job: dict[str, Any] | None = None
+    try:
+        job = read_json(job_dir / "job.json") if (job_dir / "job.json").exists() else None
+        check_token(job, job_dir, rank)
+        assert job is not None
+        with open(job_dir / ".ranks") as alive:  # held until this process ends; the next run waits for that
+            fcntl.flock(alive, fcntl.LOCK_SH)
+            _run(job, rank)
+    except UserError as error:
+        _leave(job_dir, job, {"kind": "user", "rank": rank, "message": str(error), "time": time.time()})
+        return 2
+    except signals.Stop as stop:
+        if rank == 0:
+            write_json(job_dir / "stopped.json", {"message": str(stop), "time": time.time()})
+        return 0
+    except BaseException:
+        _leave(job_dir, job, {"kind": "failure", "rank": rank, "traceback": traceback.format_exc(),
+                              "time": time.time()})
+        raise
+    return 0
+
+
+def _take_rank() -> None:
+    """Learn this process's place among the ranks, and end with what started it."""
+    if os.environ.get("SLURM_PROCID") is not None and "RANK" not in os.environ:
+        os.environ.update(torch_variables(os.environ))
+        return  # slurmd ends the tasks of a step itself
     # torchrun puts each rank into a session of its own; one that outlived a killed torchrun would write into the next
     # run of the same name
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     if os.getppid() == 1:  # it had died before
-        return 1
-    faulthandler.register(signal.SIGUSR1)
+        os._exit(1)
+
+
+def _leave(job_dir: Path, job: dict[str, Any] | None, record: dict[str, Any]) -> None:
+    """Write an error where the launcher looks for it: the job's folder, or stderr for a rank that does not see that."""
     try:
-        _run(read_json(job_dir / "job.json"), rank)
-    except UserError as error:
-        record = {"kind": "user", "rank": rank, "message": str(error), "time": time.time()}
-        write_json(job_dir / f"error_{rank}.json", record)
-        return 2
-    except BaseException:
-        record = {"kind": "failure", "rank": rank, "traceback": traceback.format_exc(), "time": time.time()}
-        write_json(job_dir / f"error_{rank}.json", record)
-        raise
-    return 0
+        check_token(job, job_dir, record["rank"])
+        write_json(job_dir / f"error_{record['rank']}.json", record)
+    except (ConfigError, OSError):
+        print(RECORD + json.dumps(record), file=sys.stderr, flush=True)
 
 
 def _run(job: dict[str, Any], rank: int) -> None:
@@ -56,6 +92,9 @@ def _run(job: dict[str, Any], rank: int) -> None:
     from nemo_minitron.stages.execute import execute
 
     config = config_from_dict(job["config"])
+    if job["processes"] == 0:  # stages that one process does alone
+        execute(Context(config=config, command=job["command"]), job["stages"])
+        return
     layout = Context(config=config).layout
     groups.start(layout, timeout_s=config.parallel.timeout_s)
     groups.seed_everything(config.seed)

@@ -88,6 +88,12 @@ def wanted_stages(context: Context) -> list[str]:
     return [stage for stage in STAGES if stage in wanted]
 
 
+def asked_stages(context: Context) -> list[str]:
+    """Those of the wanted stages that are to run now: all, or a job's part of a chain of jobs."""
+    only = context.config.only
+    return [stage for stage in wanted_stages(context) if not only or stage in only]
+
+
 def stage_config(context: Context, stage: str) -> dict[str, Any]:
     """The part of the recipe that the stage's result depends on."""
     part = context.config_part(*STAGES[stage].config)
@@ -218,8 +224,8 @@ def due_stages(context: Context) -> list[str]:
 
 
 def check_inputs(context: Context, due: list[str]) -> None:
-    """Raise `ConfigError` where a wanted stage reads what is not there, or is there for another recipe, and not due."""
-    for stage in wanted_stages(context):
+    """Raise `ConfigError` where a stage asked for reads what is not there, or is another recipe's, and is not due."""
+    for stage in asked_stages(context):
         missing = [name for name in _stage_inputs(context, stage) if name not in due and not is_current(context, name)]
         if missing:
             raise ConfigError(f"stage {stage} lacks its input for this recipe", key="stages",

@@ -8,6 +8,7 @@ from nemo_minitron import pipeline
 from nemo_minitron.cli import main
 from nemo_minitron.compose import config_from_dict, load_config
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.launch.workers import WorkerError
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_an_unknown_command(runs, capsys):
 @pytest.mark.parametrize(("error", "code", "first", "num_lines"), [
     (CheckpointError("no weights", expected="some", found="none", key="teacher.path"), 2,
      "minitron: no weights; expected some; found none (change teacher.path)", 1),
-    (pipeline.WorkerError("rank 3 failed:\nits traceback"), 1, "rank 3 failed:", 2),
+    (WorkerError("rank 3 failed:\nits traceback"), 1, "rank 3 failed:", 2),
     (KeyboardInterrupt(), 1, "minitron: interrupted; the same command goes on from here", 1),
 ])
 def test_errors_become_exit_codes(error, code, first, num_lines, monkeypatch, capsys):

@@ -115,17 +115,6 @@ def test_a_teacher_that_is_yet_to_be_made_is_not_looked_for(recipe):
     pipeline.check_recipe(Context(config=config))
 
 
-def test_threads_are_fixed_and_shared(recipe, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    monkeypatch.setenv("SOMETHING", "kept")
-    found = [pipeline.worker_environment(recipe(), processes) for processes in (1, 4, 8, 24)]
-    assert [environment["OMP_NUM_THREADS"] for environment in found] == ["12", "3", "1", "1"]
-    assert all(environment["MKL_NUM_THREADS"] == environment["OMP_NUM_THREADS"] for environment in found)
-    assert found[0]["SOMETHING"] == "kept"
-    asked = pipeline.worker_environment(recipe(parallel={"num_threads": 5}), 4)
-    assert asked["OMP_NUM_THREADS"] == "5"
-
-
 def test_the_record_of_a_run(recipe):
     config = recipe()
     config.run_dir.mkdir(parents=True)
@@ -157,27 +146,3 @@ def test_who_inherits_the_lock_holds_it(tmp_path):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(inherited)
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def write_errors(directory, *records):
-    for rank, record in enumerate(records):
-        (directory / f"error_{rank}.json").write_text(json.dumps({"rank": rank, **record}))
-
-
-def test_a_mistake_found_on_one_rank_comes_before_what_it_caused_on_others(tmp_path):
-    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 1.0},
-                 {"kind": "user", "message": "too little text", "time": 2.0})
-    with pytest.raises(UserError, match=r"^too little text$"):
-        pipeline._raise_worker_error(tmp_path, [])
-
-
-def test_the_first_failure_is_shown(tmp_path):
-    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 2.0},
-                 {"kind": "failure", "traceback": "the cause", "time": 1.0})
-    with pytest.raises(pipeline.WorkerError, match="rank 1 failed:\nthe cause"):
-        pipeline._raise_worker_error(tmp_path, ["noise"])
-
-
-def test_a_worker_that_says_nothing(tmp_path):
-    with pytest.raises(pipeline.WorkerError, match="Killed"):
-        pipeline._raise_worker_error(tmp_path, ["Killed\n"])

@@ -1,0 +1,164 @@
+"""Starts the ranks of a job, waits for them, passes signals on, and says what went wrong first."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import write_json
+from nemo_minitron.config import Config
+from nemo_minitron.errors import ConfigError, UserError
+from nemo_minitron.launch.processes import Placement, is_srun, local_command, placement, srun_command
+
+RECORD = "minitron-error: "
+"""Begins a line on stderr that is an error record of a rank which cannot see the job's folder."""
+TOKEN = "MINITRON_JOB"
+"""Variable that names the job, as `job.json` does: a rank that finds another name there sees another folder."""
+
+
+class WorkerError(Exception):
+    """A worker process failed for a reason that is not the user's; its traceback is in the message."""
+
+
+class Stopped(WorkerError):
+    """The ranks ended because a signal told them to; the same command goes on."""
+
+
+def run_workers(config: Config, stages: list[str], *, processes: int, command: str, lock: int) -> None:
+    """Start one process a rank and wait; all `stages` run in the same processes.
+
+    One process without a process group where `processes` is 0.
+
+    Raises:
+        UserError: found on a rank, or by what starts them.
+        Stopped: a signal ended them.
+        WorkerError: anything else that did.
+    """
+    job_dir = config.run_dir.absolute() / "job"
+    job_dir.mkdir(exist_ok=True)
+    _wait_for_earlier_ranks(job_dir)
+    for old in (*job_dir.glob("error_*.json"), job_dir / "stopped.json"):
+        old.unlink(missing_ok=True)
+    token = uuid.uuid4().hex
+    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages, "command": command, "token": token,
+                                      "processes": processes, "slurm_job": os.environ.get("SLURM_JOB_ID")})
+    if is_srun(config.cluster):
+        place = placement(config.cluster, processes) if processes else Placement(nodes=1, per_node=1)
+        start = srun_command(config.cluster, place, [str(job_dir)], output_dir=Path(config.output_dir))
+    else:
+        place = Placement(nodes=1, per_node=max(processes, 1))
+        start = local_command(place.per_node, [str(job_dir)])
+    worker = subprocess.Popen(start, env=worker_environment(config, place.per_node) | {TOKEN: token}, pass_fds=(lock,),
+                              preexec_fn=_end_with_parent, stderr=subprocess.PIPE)
+    errors = _watch(worker)
+    if worker.returncode != 0 or (job_dir / "stopped.json").exists():
+        raise_worker_error(job_dir, errors)
+
+
+def _wait_for_earlier_ranks(job_dir: Path) -> None:
+    """Ranks hold a shared lock as long as they live: those of a run whose launcher was killed may need a while."""
+    with open(job_dir / ".ranks", "w") as file:
+        deadline = time.monotonic() + 60.0
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError("ranks of an earlier run of this name are still there", key="name",
+                                    expected="them to end", found=f"a held lock in {job_dir}") from None
+                time.sleep(0.5)
+
+
+def worker_environment(config: Config, processes: int) -> dict[str, str]:
+    """Environment of the ranks, of which `processes` share a node.
+
+    Thread counts are fixed: without that, sums on CPU are not the same twice.
+    """
+    threads = config.parallel.num_threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE",
+             "MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",
+             "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore",
+             "NEMO_EXPM_VERSION": "", "ONE_LOGGER_JOB_CATEGORY": "test"}
+    return {**os.environ, **fixed, **config.cluster.environment}
+
+
+def _end_with_parent() -> None:
+    """In the child: be told to end when the parent is killed (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+
+
+@contextmanager
+def _passing_on(worker: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Hand SIGTERM and SIGUSR1 to the ranks as SIGTERM, which torchrun and srun pass on, and keep waiting for them."""
+    def hand_on(number: int, frame: Any) -> None:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGTERM)
+
+    try:
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    except ValueError:  # not the main thread, where signals do not arrive
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(worker: subprocess.Popen[bytes]) -> list[str]:
+    """Wait for the worker, keeping the last lines of its stderr; an interrupt is passed on and waited for."""
+    lines: list[str] = []
+    assert worker.stderr is not None
+    try:
+        with _passing_on(worker):
+            for raw in worker.stderr:
+                line = raw.decode(errors="replace")
+                if line.startswith(RECORD):
+                    lines.insert(0, line)
+                else:
+                    lines = [*lines[-199:], line] if len(lines) < 200 else [*lines[:1], *lines[-198:], line]
+            worker.wait()
+    except KeyboardInterrupt:
+        worker.send_signal(signal.SIGINT)
+        worker.wait()
+        raise
+    return lines
+
+
+def raise_worker_error(job_dir: Path, stderr: list[str]) -> None:
+    """Raise what the ranks wrote down: a stop by signal or a user's mistake first, else the first traceback.
+
+    Where they wrote nothing down, their stderr is shown.
+    """
+    records = [json.loads(path.read_text()) for path in sorted(job_dir.glob("error_*.json"))]
+    records += [json.loads(line.removeprefix(RECORD)) for line in stderr if line.startswith(RECORD)]
+    for record in records:
+        if record["kind"] == "user":
+            raise UserError(record["message"])
+    stopped = job_dir / "stopped.json"
+    if stopped.exists():
+        raise Stopped(f"minitron: {json.loads(stopped.read_text())['message']}; the same command goes on from here")
+    if records:
+        first = min(records, key=lambda record: float(record["time"]))
+        raise WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")
+    raise WorkerError("a worker ended without saying why:\n" + "".join(stderr))
+
+
+def check_token(job: dict[str, Any] | None, job_dir: Path, rank: int) -> None:
+    """In a rank: raise `ConfigError` unless `job.json` is the one that the launcher wrote."""
+    wanted = os.environ.get(TOKEN)
+    if wanted is not None and (job is None or job.get("token") != wanted):
+        raise ConfigError("the results' folder is not on a file system that all nodes share", key="output_dir",
+                          expected=f"the job's job.json in {job_dir} on every node",
+                          found=f"{'nothing' if job is None else 'another one'} on {os.uname().nodename}, rank {rank}")

@@ -1,0 +1,80 @@
+import json
+import os
+
+import pytest
+
+from nemo_minitron.config import ClusterConfig, Config, ParallelConfig
+from nemo_minitron.errors import ConfigError, UserError
+from nemo_minitron.launch.workers import (
+    RECORD,
+    TOKEN,
+    Stopped,
+    WorkerError,
+    check_token,
+    raise_worker_error,
+    worker_environment,
+)
+
+
+def test_threads_are_fixed_and_shared(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setenv("SOMETHING", "kept")
+    found = [worker_environment(Config(), processes) for processes in (1, 4, 8, 24)]
+    assert [environment["OMP_NUM_THREADS"] for environment in found] == ["12", "3", "1", "1"]
+    assert all(environment["MKL_NUM_THREADS"] == environment["OMP_NUM_THREADS"] for environment in found)
+    assert found[0]["SOMETHING"] == "kept"
+    asked = worker_environment(Config(parallel=ParallelConfig(num_threads=5)), 4)
+    assert asked["OMP_NUM_THREADS"] == "5"
+
+
+def write_errors(directory, *records):
+    for rank, record in enumerate(records):
+        (directory / f"error_{rank}.json").write_text(json.dumps({"rank": rank, **record}))
+
+
+def test_a_mistake_found_on_one_rank_comes_before_what_it_caused_on_others(tmp_path):
+    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 1.0},
+                 {"kind": "user", "message": "too little text", "time": 2.0})
+    with pytest.raises(UserError, match=r"^too little text$"):
+        raise_worker_error(tmp_path, [])
+
+
+def test_the_first_failure_is_shown(tmp_path):
+    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 2.0},
+                 {"kind": "failure", "traceback": "the cause", "time": 1.0})
+    with pytest.raises(WorkerError, match="rank 1 failed:\nthe cause"):
+        raise_worker_error(tmp_path, ["noise"])
+
+
+def test_a_worker_that_says_nothing(tmp_path):
+    with pytest.raises(WorkerError, match="Killed"):
+        raise_worker_error(tmp_path, ["Killed\n"])
+
+
+def test_a_mistake_told_on_stderr_counts_like_one_in_the_folder(tmp_path):
+    told = RECORD + json.dumps({"kind": "user", "rank": 3, "message": "not shared"}) + "\n"
+    with pytest.raises(UserError, match=r"^not shared$"):
+        raise_worker_error(tmp_path, [told, "noise\n"])
+
+
+def test_a_stop_comes_before_what_it_caused_on_other_ranks(tmp_path):
+    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 1.0})
+    (tmp_path / "stopped.json").write_text(json.dumps({"message": "stopped by SIGTERM"}))
+    with pytest.raises(Stopped, match=r"^minitron: stopped by SIGTERM; the same command goes on from here$"):
+        raise_worker_error(tmp_path, [])
+
+
+def test_a_rank_that_sees_another_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv(TOKEN, raising=False)
+    check_token(None, tmp_path, 0)
+    monkeypatch.setenv(TOKEN, "abc")
+    check_token({"token": "abc"}, tmp_path, 0)
+    for job, found in ((None, "nothing"), ({"token": "other"}, "another one")):
+        with pytest.raises(ConfigError, match=f"found {found} on .*rank 5.*output_dir"):
+            check_token(job, tmp_path, 5)
+
+
+def test_the_cluster_s_environment_reaches_the_ranks():
+    config = Config(cluster=ClusterConfig(environment={"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "7"}))
+    found = worker_environment(config, 1)
+    assert (found["NCCL_DEBUG"], found["OMP_NUM_THREADS"]) == ("WARN", "7")
