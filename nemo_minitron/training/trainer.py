@@ -24,6 +24,7 @@ from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_p
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.training.budget import Phase, check_warmup
 from nemo_minitron.training.callbacks import HeldOut, Meters, ResumePoints, deterministic_cpu, newest_resume_point
+from nemo_minitron.training.environment import JoinedRanks, processes
 from nemo_minitron.training.limits import Profiler, StopEarly
 from nemo_minitron.training.module import TrainingModule
 from nemo_minitron.training.strategy import StepSampler, Strategy, TrainingOrder
@@ -101,10 +102,10 @@ def fit(
     points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps)
     trainer = nl.Trainer(
         accelerator="gpu" if cuda_is_available() else "cpu",
-        devices=layout.world_size,
+        **processes(),
         strategy=Strategy(layout, config=module.config, sampler=StepSampler(phases, dp=layout.dp), bf16=bf16,
                           distributed_optimizer=distributed_optimizer),
-        plugins=nl.MegatronMixedPrecision(precision=train.precision, grad_reduce_in_fp32=True),
+        plugins=[nl.MegatronMixedPrecision(precision=train.precision, grad_reduce_in_fp32=True), JoinedRanks()],
         max_steps=steps,
         limit_val_batches=0,
         num_sanity_val_steps=0,

@@ -1,0 +1,120 @@
+"""One lab for all tests of a session, and the tiny recipe on two nodes of two ranks: TP inside a node, DP across."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.lab.lab import Lab, install, why_not
+from tests.e2e.command import ROOT, Inputs
+from tests.e2e.conftest import inputs  # noqa: F401  a fixture
+
+LAYOUT = {"parallel__tp": 2, "parallel__dp": 2}
+NUM_STEPS, CHECKPOINT_EVERY = 120, 20
+RECIPE = {**LAYOUT, "cluster": "small_lab", "cluster__nodes": 2, "train__checkpoint_every_steps": CHECKPOINT_EVERY,
+          "distill__tokens": NUM_STEPS * 4 * 32, "train__eval_every_steps": 0}
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Two nodes, Slurm and munge as on a real cluster."""
+    install()
+    if reason := why_not():
+        pytest.skip(reason)
+    with Lab() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def locally(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The run's folder after `launchers/local` at the same layout: what every other way must come to."""
+    folder = tmp_path_factory.mktemp("locally")
+    done = subprocess.run([ROOT / "launchers/local", *inputs.arguments(folder / "outputs", **RECIPE)], cwd=folder,
+                          env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder / "outputs" / "tiny"
+
+
+def environment() -> dict[str, str]:
+    """Of the launchers: this Python, no GPU."""
+    return {"MINITRON_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  | dict(os.environ)
+
+
+class Submitted:
+    """A recipe that `launchers/slurm` was given in `folder`."""
+
+    def __init__(self, lab: Lab, inputs: Inputs, folder: Path, **changes: object) -> None:  # noqa: F811
+        self.lab, self.folder, self.run_dir = lab, folder, folder / "outputs" / "tiny"
+        self.arguments = inputs.arguments(folder / "outputs", **RECIPE | changes)
+        self.jobs: list[str] = []
+
+    def submit(self) -> list[str]:
+        """Submit once more; returns the numbers of the jobs."""
+        shown = self.lab.run([str(ROOT / "launchers/slurm"), *self.arguments], cwd=self.folder, **environment())
+        jobs = re.findall(r"^job (\d+):", shown, re.MULTILINE)
+        assert jobs, shown
+        self.jobs += jobs
+        return jobs
+
+    def state(self, job: str | None = None) -> str:
+        """JobState of a job, the last one submitted unless told otherwise."""
+        return self.lab.job(job or self.jobs[-1])["JobState"]
+
+    def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> float:
+        """Wait for something; returns how long it took in seconds."""
+        started = time.monotonic()
+        while not condition():
+            assert time.monotonic() - started < seconds, f"waited {seconds:.0f} s for {what}\n{self.log()[-6000:]}"
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def wait_ended(self, seconds: float = 150.0, job: str | None = None) -> str:
+        """Wait until a job has ended for good; returns its state."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(lambda: self.state(job) in over, seconds, "the job to end")
+        return self.state(job)
+
+    def log(self, job: str | None = None) -> str:
+        """What a job printed."""
+        paths = [self.run_dir / "slurm" / f"{number}.log" for number in ([job] if job else self.jobs)]
+        return "".join(path.read_text() for path in paths if path.exists())
+
+    def step(self) -> int:
+        """The last step of `distill` that is written down."""
+        path = self.run_dir / "round1/distill/metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+@pytest.fixture
+def recipe(lab: Lab, inputs: Inputs, tmp_path: Path) -> Callable[..., Submitted]:  # noqa: F811
+    """`recipe(key__part=value)`: the tiny recipe, to be submitted."""
+    return lambda **changes: Submitted(lab, inputs, tmp_path, **changes)
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training loss of every step in order, nats/token."""
+    lines = [json.loads(line) for line in (run_dir / "round1/distill/metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, NUM_STEPS + 1)), "every step once"
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def held_out(run_dir: Path) -> list[float]:
+    """Held-out losses of teacher, pruned and distilled model, nats/token."""
+    (found,) = json.loads((run_dir / "summary.json").read_text())["rounds"]
+    return [found[name]["loss"] for name in ("teacher", "pruned", "distilled")]
+
+
+def check_equal(run_dir: Path, reference: Path) -> None:
+    """The same losses within 1e-5 nats/token, at every step and in the end."""
+    assert losses(run_dir) == pytest.approx(losses(reference), abs=1e-5)
+    assert held_out(run_dir) == pytest.approx(held_out(reference), abs=1e-5)
