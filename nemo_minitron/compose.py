@@ -132,6 +132,7 @@ def _check(config: Config) -> None:
         ("distill.cache_dtype", config.distill.cache_dtype, ("float16", "float32")),
         ("distill.loss", config.distill.loss, KD_LOSSES),
         ("distill.teacher.precision", config.distill.teacher.precision or "32", ("32", "bf16", "fp8")),
+        ("train.not_finite", config.train.not_finite, ("stop", "skip")),
         ("train.precision", config.train.precision, ("32", "bf16-mixed")),
         ("train.recompute", config.train.recompute, ("none", "selective", "full")),
         ("train.last_batch", config.train.last_batch, ("full", "partial")),

@@ -79,6 +79,8 @@ class TrainConfig:
     """Held-out samples of each such look."""
     checkpoint_every_steps: int = 50
     """Steps between two resume checkpoints."""
+    not_finite: str = "stop"
+    """When a loss or gradient is NaN or infinite: stop, or skip (leave the step out)."""
     chunk_tokens: int = 256
     """Tokens the loss works on at a time: its memory is proportional to it."""
     recompute: str = "none"

@@ -22,6 +22,7 @@ from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.launch import signals
 from nemo_minitron.launch.slurm_env import torch_variables
 from nemo_minitron.launch.workers import RECORD, check_token
+from nemo_minitron.training.resume import is_disk_full
 
 
 def main() -> int:
@@ -50,7 +51,12 @@ def main() -> int:
         if rank == 0:
             write_json(job_dir / "stopped.json", {"message": str(stop), "time": time.time()})
         return 0
-    except BaseException:
+    except BaseException as error:
+        if is_disk_full(error):
+            full = UserError("the disk is full", expected="free space, then the same command goes on",
+                             found=str(error), key="output_dir")
+            _leave(job_dir, job, {"kind": "user", "rank": rank, "message": str(full), "time": time.time()})
+            return 2
         _leave(job_dir, job, {"kind": "failure", "rank": rank, "traceback": traceback.format_exc(),
                               "time": time.time()})
         raise

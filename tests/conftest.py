@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests.support.ranks import RankPool
 
 HERE = Path(__file__).parent
-LIMITS_S = {"unit": 60, "multirank": 300, "e2e": 1200, "cluster": 300, "gpu": 600}
+LIMITS_S = {"unit": 60, "multirank": 300, "e2e": 1200, "cluster": 900, "gpu": 600}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,8 +7,6 @@ all ranks; anything else has nothing to save, and ends at once.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -22,7 +20,7 @@ class Stop(BaseException):
 
 
 _received: str | None = None
-_saves = False
+_held = False
 
 
 def listen() -> None:
@@ -36,19 +34,20 @@ def requested() -> str | None:
     return _received
 
 
-@contextmanager
-def saving_first() -> Iterator[None]:
-    """Within, a signal only makes `requested` answer: the caller asks for it and raises `Stop` itself."""
-    global _saves
-    _saves = True
-    try:
-        yield
-    finally:
-        _saves = False
+def hold() -> None:
+    """From now on a signal only makes `requested` answer: the caller asks for it and raises `Stop` itself."""
+    global _held
+    _held = True
+
+
+def release() -> None:
+    """From now on a signal raises `Stop` at once again."""
+    global _held
+    _held = False
 
 
 def _notice(number: int, frame: Any) -> None:
     global _received
     _received = signal.Signals(number).name
-    if not _saves:
+    if not _held:
         raise Stop(f"stopped by {_received}")

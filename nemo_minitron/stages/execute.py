@@ -7,7 +7,6 @@ import platform
 import shutil
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest, read_json, write_json
@@ -68,14 +67,8 @@ def _finish(context: Context, name: str, result: dict[str, Any], started: float)
                "threads": _threads(), "command": context.command,
                "mkl_cbwr": os.environ.get("MKL_CBWR", ""), "machine": platform.machine()},
     ).write(context.stage_dir(name))
-    _forget_resume_points(context.stage_dir(name) / "resume")
+    shutil.rmtree(context.stage_dir(name) / "resume", ignore_errors=True)  # their checksums tell of a kill in between
     shutil.rmtree(context.stage_dir(name) / "best", ignore_errors=True)
-
-
-def _forget_resume_points(directory: Path) -> None:
-    """Remove what a finished stage does not need any more; first the file that says it is complete."""
-    (directory / "complete.json").unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _threads() -> int:

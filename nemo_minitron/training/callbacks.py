@@ -1,6 +1,6 @@
-"""What happens beside the training step: progress and meters, a look at held-out data, resume checkpoints.
+"""What happens beside the training step: progress and meters, a look at held-out data.
 
-All three run on every rank, because they hold collectives; only rank 0 prints and writes.
+Both run on every rank, because they hold collectives; only rank 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.parallel.cpu import cuda_is_available
 from nemo_minitron.training.module import TrainingModule, reduced_step_means
 from nemo_minitron.training.throughput import peak_memory_mib
@@ -175,48 +174,9 @@ class HeldOut(pl.Callback):
                     shutil.rmtree(old, ignore_errors=True)
 
 
-class ResumePoints(pl.Callback):
-    """Writes a Megatron sharded checkpoint every few steps; the newest complete one is kept.
-
-    A checkpoint counts only when `complete.json` names it, and that is written after every rank is done.
-    """
-
-    def __init__(self, directory: Path, *, every_steps: int) -> None:
-        """Use `directory`, which is the stage's own."""
-        self.directory = directory
-        self.every_steps = every_steps
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Save when it is time; not at the last step, whose result the stage itself writes."""
-        step = trainer.global_step
-        if step % self.every_steps or is_last_step(trainer):
-            return
-        name = f"step_{step:08d}"
-        if trainer.is_global_zero:
-            shutil.rmtree(self.directory / name, ignore_errors=True)
-            (self.directory / name).mkdir(parents=True)
-        dist.barrier()
-        trainer.save_checkpoint(self.directory / name)
-        dist.barrier()
-        if trainer.is_global_zero:
-            write_json(self.directory / "complete.json", {"name": name, "step": step})
-            for old in self.directory.glob("step_*"):
-                if old.name != name:
-                    shutil.rmtree(old, ignore_errors=True)
-
-
 def is_last_step(trainer: pl.Trainer) -> bool:
     """Whether the step just done is the last of this training."""
     return trainer.global_step == trainer.max_steps or trainer.should_stop
-
-
-def newest_resume_point(directory: Path) -> Path | None:
-    """The newest complete checkpoint in `directory`, or None."""
-    marker = directory / "complete.json"
-    if not marker.exists():
-        return None
-    path = directory / str(read_json(marker)["name"])
-    return path if path.is_dir() else None
 
 
 def keep_lines_until(path: Path, step: int) -> None:

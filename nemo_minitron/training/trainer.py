@@ -23,10 +23,12 @@ from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.training.budget import Phase, check_warmup
-from nemo_minitron.training.callbacks import HeldOut, Meters, ResumePoints, deterministic_cpu, newest_resume_point
+from nemo_minitron.training.callbacks import HeldOut, Meters, deterministic_cpu
 from nemo_minitron.training.environment import JoinedRanks, processes
 from nemo_minitron.training.limits import Profiler, StopEarly
 from nemo_minitron.training.module import TrainingModule
+from nemo_minitron.training.not_finite import FiniteGradients
+from nemo_minitron.training.points import ResumePoints, point_to_go_on_from
 from nemo_minitron.training.strategy import StepSampler, Strategy, TrainingOrder
 from nemo_minitron.training.throughput import peak_tflops
 
@@ -99,7 +101,8 @@ def fit(
                     peak_tflops=peak_tflops(train.precision, train.peak_tflops))
     held_out = HeldOut(meters, every_steps=train.eval_every_steps, measure=measure, directory=directory,
                        keep_best=keep if train.keep_best else None)
-    points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps)
+    points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps, label=label)
+    finite = FiniteGradients(directory, action=train.not_finite, label=label)
     trainer = nl.Trainer(
         accelerator="gpu" if cuda_is_available() else "cpu",
         **processes(),
@@ -115,10 +118,10 @@ def fit(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
-        callbacks=[Profiler(train.profile, directory / "profile"), meters, StopEarly(train.stop, meters), *callbacks,
-                   held_out, points],
+        callbacks=[finite, Profiler(train.profile, directory / "profile"), meters, StopEarly(train.stop, meters),
+                   *callbacks, held_out, points],
     )
-    resume = newest_resume_point(directory / "resume")
+    resume = point_to_go_on_from(directory / "resume", label=label)
     if resume is not None:
         order.first_step = int(resume.name.removeprefix("step_"))
         if dist.get_rank() == 0:

@@ -17,7 +17,7 @@ from tests.cluster.lab.lab import Lab, install, why_not
 from tests.e2e.command import ROOT, Inputs
 from tests.e2e.conftest import inputs  # noqa: F401  a fixture
 
-LAYOUT = {"parallel__tp": 2, "parallel__dp": 2}
+LAYOUT = {"parallel__tp": 2, "parallel__dp": 2, "parallel__timeout_s": 600}
 NUM_STEPS, CHECKPOINT_EVERY = 120, 20
 RECIPE = {**LAYOUT, "cluster": "small_lab", "cluster__nodes": 2, "train__checkpoint_every_steps": CHECKPOINT_EVERY,
           "distill__tokens": NUM_STEPS * 4 * 32, "train__eval_every_steps": 0}
@@ -38,14 +38,14 @@ def locally(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:  
     """The run's folder after `launchers/local` at the same layout: what every other way must come to."""
     folder = tmp_path_factory.mktemp("locally")
     done = subprocess.run([ROOT / "launchers/local", *inputs.arguments(folder / "outputs", **RECIPE)], cwd=folder,
-                          env=environment(), capture_output=True, text=True, timeout=240, check=False)
+                          env=environment(), capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder / "outputs" / "tiny"
 
 
 def environment() -> dict[str, str]:
     """Of the launchers: this Python, no GPU."""
-    return {"MINITRON_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  | dict(os.environ)
+    return {"MINITRON_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | dict(os.environ)
 
 
 class Submitted:
@@ -76,7 +76,7 @@ class Submitted:
             time.sleep(0.05)
         return time.monotonic() - started
 
-    def wait_ended(self, seconds: float = 150.0, job: str | None = None) -> str:
+    def wait_ended(self, seconds: float = 400.0, job: str | None = None) -> str:
         """Wait until a job has ended for good; returns its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: self.state(job) in over, seconds, "the job to end")

@@ -1,0 +1,104 @@
+"""Writes resume points while training, when it is time or a signal asks for one, and finds the one to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.errors import UserError
+from nemo_minitron.launch import signals
+from nemo_minitron.parallel.cpu import device
+from nemo_minitron.training import resume
+from nemo_minitron.training.callbacks import is_last_step
+
+
+class ResumePoints(pl.Callback):
+    """Writes a Megatron sharded checkpoint every few steps, and before the end when a signal says so.
+
+    The newest two complete ones are kept. A point counts once `complete.json` is in it, with a checksum of every file,
+    and that is written after every rank is done.
+    """
+
+    def __init__(self, directory: Path, *, every_steps: int, label: str) -> None:
+        """Use `directory`, which is the stage's own; `label` names the stage."""
+        self.directory = directory
+        self.every_steps = every_steps
+        self.label = label
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From now on a signal waits for the end of the step."""
+        signals.hold()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From now on there is nothing to save."""
+        signals.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same."""
+        signals.release()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Save when it is time; not at the last step, whose result the stage itself writes."""
+        step = trainer.global_step
+        if is_last_step(trainer):
+            return
+        stop = self._stop_signal()
+        if step % self.every_steps == 0 or stop is not None:
+            self._save(trainer, step)
+        if stop is not None:
+            raise signals.Stop(f"stopped by {stop} after step {step} of {trainer.max_steps} of {self.label}, "
+                               f"with a resume point")
+
+    def _stop_signal(self) -> str | None:
+        """The signal that any rank received: all ranks get the same answer (one small all-reduce a step)."""
+        names = [number.name for number in signals.SIGNALS]
+        mine = signals.requested()
+        found = torch.tensor([names.index(mine) + 1 if mine else 0], dtype=torch.int32, device=device())
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return names[int(found) - 1] if int(found) else None
+
+    def _save(self, trainer: pl.Trainer, step: int) -> None:
+        point = resume.point_path(self.directory, step)
+        if trainer.is_global_zero:
+            resume.remove(point)
+            point.mkdir(parents=True)
+        dist.barrier()
+        try:
+            trainer.save_checkpoint(point)
+            resume.write_digests(point, dist.get_rank())
+            dist.barrier()
+            if trainer.is_global_zero:
+                resume.seal(point, step, dist.get_world_size())
+                resume.rotate(self.directory)
+        except Exception as error:
+            if not resume.is_disk_full(error):
+                raise
+            resume.remove(point)
+            newest = next(iter(resume.sealed_points(self.directory)), None)
+            raise UserError("the disk is full: a resume point could not be written", key="output_dir",
+                            expected="free space, then the same command goes on", found=f"none in {self.directory}; "
+                            f"the last good one is {f'of step {newest.step}' if newest else 'none'}") from None
+
+
+def point_to_go_on_from(directory: Path, *, label: str) -> Path | None:
+    """The newest complete and undamaged point in `directory`, or None; every rank must call this.
+
+    Ranks share the work of checking. Rank 0 says which points are passed over, and why.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    box: list[Any] = [resume.sealed_points(directory)]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu") if device().type == "cpu" else None)
+    for point in box[0]:
+        faults: list[str | None] = [None] * world_size
+        dist.all_gather_object(faults, point.fault(sorted(point.files)[rank::world_size]))
+        fault = next((found for found in faults if found is not None), None)
+        if fault is None:
+            return point.path
+        if rank == 0:
+            print(f"[{label}] resume point of step {point.step} is damaged: {fault}; the one before it is used",
+                  flush=True)
+    return None

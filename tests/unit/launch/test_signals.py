@@ -1,0 +1,34 @@
+import os
+import signal
+
+import pytest
+
+from nemo_minitron.launch import signals
+
+
+@pytest.fixture(autouse=True)
+def _listening(monkeypatch):
+    monkeypatch.setattr(signals, "_received", None)
+    monkeypatch.setattr(signals, "_held", False)
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signals.listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_where_there_is_nothing_to_save_the_signal_ends_it_at_once(number):
+    with pytest.raises(signals.Stop, match=f"stopped by {number.name}"):
+        os.kill(os.getpid(), number)
+    assert not issubclass(signals.Stop, Exception), "no `except Exception` on the way out may take it for a failure"
+
+
+def test_in_training_it_waits_to_be_asked_for():
+    signals.hold()
+    assert signals.requested() is None
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals.requested() == "SIGUSR1"
+    signals.release()
+    with pytest.raises(signals.Stop):
+        os.kill(os.getpid(), signal.SIGTERM)
