@@ -16,6 +16,8 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
   run                      do what is missing of the recipe (the default)
   config                   print the composed recipe and start nothing
   plan [format=json]       print what the recipe needs and costs (parameters, memory, FLOPs, GPU-hours), start nothing
+  status outputs/NAME [--json]
+                           how far a run is: stages, progress, time left, jobs; from its files
   scores show PATH         print and plot what was measured, layer by layer
   scores diff A B          rank correlation of two scores, by axis and layer
   data prepare input=TEXT output=PREFIX tokenizer=DIR [json_key=text] [separator=S] [workers=N]
@@ -34,6 +36,7 @@ Keys are those of conf/config.yaml. Results: outputs/NAME/summary.json and outpu
 Exit codes: 0 done, 2 a mistake in the command or its inputs (one line says which), 1 anything else."""
 
 TOOLS = {
+    ("status",): "report.status:status",
     ("scores", "show"): "report.scores_command:show",
     ("scores", "diff"): "report.scores_command:diff",
     ("plan",): "stages.plan:plan",

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.artifacts import write_json
 from nemo_minitron.errors import UserError
 from nemo_minitron.launch import signals
 from nemo_minitron.parallel.cpu import device
@@ -30,8 +31,10 @@ class ResumePoints(pl.Callback):
         self.label = label
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From now on a signal waits for the end of the step."""
+        """From now on a signal waits for the end of the step. Leaves the number of steps for `minitron status`."""
         signals.hold()
+        if trainer.is_global_zero:
+            write_json(self.directory.parent / "progress.json", {"steps": trainer.max_steps})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From now on there is nothing to save."""

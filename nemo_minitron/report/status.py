@@ -1,0 +1,184 @@
+"""`minitron status outputs/NAME`: how far a run is, from its files alone, so that it works on a login node."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import read_json
+from nemo_minitron.errors import UserError
+
+ROUND = "round1"
+RATE_LINES = 50
+"""Steps that the speed, and with it the time left, is taken from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """One stage. `state` is done, running, stopped or waiting; seconds are of work, `eta_s` of what is left."""
+
+    name: str
+    state: str
+    step: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    eta_s: float | None = None
+    loss: float | None = None
+    resume_step: int | None = None
+
+
+def status(arguments: list[str]) -> None:
+    """Print the state of the run in the folder that `arguments` name; with `--json` as one JSON object.
+
+    Raises:
+        UserError: no such run.
+    """
+    folders = [argument for argument in arguments if argument != "--json"]
+    if len(folders) != 1:
+        raise UserError("which run?", expected="minitron status outputs/NAME [--json]", found=" ".join(arguments))
+    found = run_status(Path(folders[0]), now=time.time())
+    print(json.dumps(found, indent=2) if "--json" in arguments else shown(found))
+
+
+def run_status(run_dir: Path, *, now: float) -> dict[str, Any]:
+    """State of the run and of its stages, its jobs and its last error, as plain data. `now` is in seconds since 1970.
+
+    Raises:
+        UserError: `run_dir` is no run.
+    """
+    import yaml
+
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError("no run there", expected="a folder outputs/NAME with config.yaml", found=str(run_dir))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    job = _job(run_dir)
+    running = job is not None and _held(run_dir / ".lock")
+    wanted = [*config["stages"], *config.get("controls", [])]
+    due = job["stages"] if job is not None else []
+    stages = [_stage(run_dir / ROUND / name, name, running=running and name in due) for name in wanted]
+    if running and not any(stage.state == "running" for stage in stages):  # between two stages
+        stages = [dataclasses.replace(stage, state="running") if stage.name == _next(stages, due) else stage
+                  for stage in stages]
+    last_sign = max((path.stat().st_mtime for path in (run_dir / ROUND).rglob("*") if path.is_file()), default=None)
+    return {"run": str(run_dir), "state": _state(stages, running), "stages": [vars(stage) for stage in stages],
+            "jobs": read_json(run_dir / "jobs.json") if (run_dir / "jobs.json").exists() else [],
+            "slurm_job": job.get("slurm_job") if running and job is not None else None,
+            "last_sign_s": None if last_sign is None else round(max(now - last_sign, 0.0), 1),
+            "error": None if running else _error(run_dir / "job")}
+
+
+def _job(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "job" / "job.json"
+    found: dict[str, Any] | None = read_json(path) if path.exists() else None
+    return found
+
+
+def _held(lock: Path) -> bool:
+    """Whether a run holds the lock (`flock`, which reaches other nodes where the file system passes it on)."""
+    import fcntl
+
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _state(stages: list[StageStatus], running: bool) -> str:
+    if all(stage.state == "done" for stage in stages):
+        return "done"
+    if running:
+        return "running"
+    return "stopped" if any(stage.state in ("done", "stopped") for stage in stages) else "waiting"
+
+
+def _next(stages: list[StageStatus], due: list[str]) -> str | None:
+    return next((stage.name for stage in stages if stage.state != "done" and stage.name in due), None)
+
+
+def _stage(directory: Path, name: str, *, running: bool) -> StageStatus:
+    """State of one stage from its folder; `running` says whether the run at work may be working on it."""
+    if (directory / "manifest.json").exists():
+        manifest = read_json(directory / "manifest.json")
+        steps = manifest["result"].get("steps")
+        return StageStatus(name=name, state="done", step=steps, steps=steps, seconds=manifest["times"]["seconds"])
+    if not (directory / "started.json").exists():
+        return StageStatus(name=name, state="waiting")
+    state = "running" if running else "stopped"
+    lines = _lines(directory / "metrics.jsonl")
+    total = read_json(directory / "progress.json")["steps"] if (directory / "progress.json").exists() else None
+    points = sorted(directory.glob("resume/step_*/complete.json"))
+    resume = int(points[-1].parent.name.removeprefix("step_")) if points else None
+    if not lines:
+        return StageStatus(name=name, state=state, steps=total, resume_step=resume)
+    first, last = lines[max(len(lines) - RATE_LINES, 0)], lines[-1]
+    done = last["step"] - first["step"]
+    rate = (last["seconds"] - first["seconds"]) / done if done > 0 else None
+    eta = None if rate is None or total is None else round(rate * (total - last["step"]), 1)
+    return StageStatus(name=name, state=state, step=last["step"], steps=total, seconds=last["seconds"], eta_s=eta,
+                       loss=last["loss"], resume_step=resume)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of training steps, without one that is being written."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if "loss" in line:
+            lines.append(line)
+    return lines
+
+
+def _error(job_dir: Path) -> str | None:
+    """The last line of what the ranks left when they ended early."""
+    if (job_dir / "stopped.json").exists():
+        return str(read_json(job_dir / "stopped.json")["message"])
+    records = [read_json(path) for path in sorted(job_dir.glob("error_*.json"))]
+    if not records:
+        return None
+    first = min(records, key=lambda record: (record["kind"] != "user", record["time"]))
+    return f"rank {first['rank']}: " + str(first.get("message") or first["traceback"].strip().splitlines()[-1])
+
+
+def shown(found: dict[str, Any]) -> str:
+    """A few lines for people."""
+    head = f"{found['run']}: {found['state']}"
+    if found["slurm_job"]:
+        head += f" (Slurm job {found['slurm_job']})"
+    if found["last_sign_s"] is not None and found["state"] != "done":
+        head += f", last sign of life {_duration(found['last_sign_s'])} ago"
+    lines = [head]
+    for stage in found["stages"]:
+        line = f"  {stage['name']:<14}{stage['state']:<9}"
+        if stage["step"] is not None:
+            line += f" step {stage['step']}" + (f"/{stage['steps']}" if stage["steps"] else "")
+        if stage["seconds"] is not None:
+            line += f"  {_duration(stage['seconds'])}"
+        if stage["state"] != "done":
+            if stage["eta_s"] is not None:
+                line += f"  ETA {_duration(stage['eta_s'])}"
+            if stage["loss"] is not None:
+                line += f"  loss {stage['loss']:.4f} nats/token"
+            if stage["resume_step"] is not None:
+                line += f"  resume point of step {stage['resume_step']}"
+        lines.append(line.rstrip())
+    lines += [f"  job {job['job']}: {', '.join(job['stages'])}; submitted {job['submitted']}; {job['log']}"
+              for job in found["jobs"]]
+    if found["error"]:
+        lines.append(f"  {found['error']}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

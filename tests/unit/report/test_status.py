@@ -1,0 +1,83 @@
+import fcntl
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nemo_minitron.artifacts import Manifest, write_json
+from nemo_minitron.cli import main
+from nemo_minitron.report.status import run_status, shown
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run whose distillation is at step 40 of 100, half a second a step, with a resume point at 30."""
+    run = tmp_path / "outputs" / "demo"
+    distill = run / "round1" / "distill"
+    distill.mkdir(parents=True)
+    (run / "config.yaml").write_text("stages: [score, prune, distill, report]\ncontrols: [ce]\n")
+    Manifest(stage="score", fingerprint="f", inputs={}, config={}, versions={}, world={}, times={"seconds": 12.5},
+             result={}).write(run / "round1" / "score")
+    write_json(distill / "started.json", {})
+    write_json(distill / "progress.json", {"steps": 100})
+    write_json(distill / "resume/step_00000030/complete.json", {})
+    lines = [json.dumps({"step": step, "loss": 5.0 - step / 100, "seconds": step / 2}) for step in range(1, 41)]
+    (distill / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 40, "heldout_ce": 3.0}', '{"step": 41, "lo']))
+    write_json(run / "job/job.json", {"stages": ["distill", "report"], "slurm_job": "17"})
+    write_json(run / "jobs.json", [{"job": "17", "stages": ["distill"], "submitted": "2026-01-01T00:00:00Z",
+                                    "log": "outputs/demo/slurm/17.log"}])
+    (run / ".lock").touch()
+    return run
+
+
+def stages(run):
+    return {stage["name"]: stage for stage in run_status(run, now=0.0)["stages"]}
+
+
+def test_a_run_at_work(run_dir):
+    with open(run_dir / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = run_status(run_dir, now=0.0)
+    assert (found["state"], found["slurm_job"]) == ("running", "17")
+    states = {stage["name"]: stage["state"] for stage in found["stages"]}
+    assert states == {"score": "done", "prune": "waiting", "distill": "running", "report": "waiting", "ce": "waiting"}
+    distill = found["stages"][2]
+    assert (distill["step"], distill["steps"], distill["resume_step"]) == (40, 100, 30)
+    assert distill["eta_s"] == pytest.approx(30.0) and distill["loss"] == pytest.approx(4.6)
+    text = shown(found)
+    assert "running (Slurm job 17)" in text and "step 40/100" in text and "ETA 0:00:30" in text
+    assert "job 17: distill" in text and "outputs/demo/slurm/17.log" in text
+
+
+def test_a_run_that_ended_early_says_why(run_dir):
+    write_json(run_dir / "job/error_1.json", {"kind": "failure", "rank": 1, "traceback": "Trace\nboom", "time": 1.0})
+    write_json(run_dir / "job/error_0.json", {"kind": "failure", "rank": 0, "traceback": "peer gone", "time": 2.0})
+    found = run_status(run_dir, now=0.0)
+    assert (found["state"], found["error"], found["slurm_job"]) == ("stopped", "rank 1: boom", None)
+    write_json(run_dir / "job/stopped.json", {"message": "stopped by SIGUSR1 after step 40"})
+    assert run_status(run_dir, now=0.0)["error"] == "stopped by SIGUSR1 after step 40"
+    assert stages(run_dir)["distill"]["state"] == "stopped"
+
+
+def test_a_run_that_is_done(run_dir):
+    for name in ("prune", "distill", "report", "ce"):
+        Manifest(stage=name, fingerprint="f", inputs={}, config={}, versions={}, world={}, times={"seconds": 1.0},
+                 result={"steps": 100} if name == "distill" else {}).write(run_dir / "round1" / name)
+    found = run_status(run_dir, now=0.0)
+    assert found["state"] == "done" and stages(run_dir)["distill"]["steps"] == 100
+
+
+def test_from_the_command_without_torch(run_dir):
+    script = ("import sys; from nemo_minitron.cli import main; code = main(sys.argv[1:]); "
+              "assert code == 0 and not {'torch', 'transformers', 'megatron', 'nemo'} & set(sys.modules), sys.modules")
+    done = subprocess.run([sys.executable, "-c", script, "status", str(run_dir), "--json"], capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["state"] == "stopped"
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["status", "a", "b"], ["status", "nowhere"]])
+def test_no_such_run(arguments, capsys):
+    assert main(arguments) == 2
+    assert "outputs/NAME" in capsys.readouterr().err
