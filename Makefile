@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo controls demo-teacher test test-slow test-gpu lint types arch check clean
+.PHONY: help setup demo controls demo-teacher test test-slow test-cluster test-gpu lint types arch check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -52,6 +52,9 @@ test: setup  ## the tests, without those marked slow or gpu
 
 test-slow: setup  ## the tests marked slow
 	$(TEST_ENV) $(PYTEST) -m 'slow and not gpu' $(PYTEST_ARGS)
+
+test-cluster: setup  ## the tests on a two-node Slurm that they bring up on this machine (root; installs Debian's packages)
+	$(TEST_ENV) $(PYTEST) tests/cluster $(PYTEST_ARGS)
 
 test-gpu: setup  ## the tests that need a GPU
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(PYTEST) -m gpu $(PYTEST_ARGS)

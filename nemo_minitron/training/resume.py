@@ -61,7 +61,7 @@ def file_digest(path: Path) -> str:
 
 def write_digests(point: Path, rank: int) -> None:
     """Hash what `rank` wrote, while it is still in memory: files named `__RANK_*`, and on rank 0 all others."""
-    mine = [path for path in point.iterdir() if path.is_file() and not path.name.startswith("digests_")
+    mine = [path for path in point.iterdir() if "digests_" not in path.name and path.is_file()
             and (path.name.startswith(f"__{rank}_") or (rank == 0 and not re.match(r"__\d+_", path.name)))]
     write_json(point / f"digests_{rank}.json", {path.name: [path.stat().st_size, file_digest(path)] for path in mine})
 

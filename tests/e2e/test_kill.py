@@ -63,11 +63,11 @@ def start_and_wait(inputs, directory, step):
     return process, tree
 
 
-def check_went_on(stdout, directory, undisturbed):
+def check_went_on(stdout, directory, undisturbed, every=CHECKPOINT_EVERY):
     """`stdout` is that of the command that went on: the files are those of the undisturbed run, bit by bit."""
     run_dir = directory / "outputs" / "tiny"
     (first_step,) = re.findall(r"^\[distill\] going on from step (\d+)$", stdout, re.MULTILINE)
-    assert int(first_step) >= CHECKPOINT_EVERY and int(first_step) % CHECKPOINT_EVERY == 0
+    assert int(first_step) >= CHECKPOINT_EVERY and int(first_step) % every == 0
     name = "round1/distill/checkpoint/model.safetensors"
     assert (run_dir / name).read_bytes() == (undisturbed[0] / name).read_bytes()
     lines = [json.loads(line) for line in (run_dir / "round1/distill/metrics.jsonl").read_text().splitlines()]
