@@ -31,6 +31,7 @@ STEPS, GLOBAL_BATCH = 6, 8
 RESUME_AT, INTERRUPT_AT = 3, 4
 TEACHER = dataclasses.replace(UNTIED, num_layers=2, hidden_size=48, ffn_hidden_size=80)
 STUDENTS = {"tied": TIED, "untied": UNTIED, "uneven": UNEVEN, "qwen2": QWEN2, "qwen3": QWEN3, "nemotron": NEMOTRON}
+RELATIONS = {"state": "attention", "teacher_layer": 1, "student_layer": 2}
 TOLERANCE = 1e-5
 
 
@@ -223,24 +224,26 @@ def test_every_layout_trains_alike(trained, layout, name, kind):
 
 @pytest.fixture(scope="module")
 def packed(files, rank_pool):
-    """`packed(layout)`: folder of a distillation on packed documents."""
+    """`packed(layout, teacher_layout)`: folder of a distillation on packed documents, attention's relations too."""
     write_documents(files["directory"] / "documents")
 
-    def get(layout):
-        out = files["directory"] / f"packed {layout}"
+    def get(layout, teacher_layout=None):
+        out = files["directory"] / f"packed {layout} {teacher_layout}"
+        teacher = {} if teacher_layout is None else {"layout": teacher_layout}
         if not out.exists():
             run({**files, "tokens": str(files["directory"] / "documents")}, rank_pool, layout, "tied", ["kd"], out,
-                packed=True)
+                packed=True, teacher=teacher, terms=[RELATIONS])
         return out
 
     return get
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "dp2", "tp2 pp2"])
-def test_on_packed_documents_every_layout_trains_alike(packed, layout):
+@pytest.mark.parametrize(("layout", "teacher_layout"), [("tp2 sp", None), ("dp2", None), ("tp2 pp2", None),
+                                                        ("dp2", "tp2"), ("tp2", "pp2")])
+def test_on_packed_documents_every_layout_trains_alike(packed, layout, teacher_layout):
     """The denominator is the number of valid tokens, which differs from micro-batch to micro-batch."""
-    assert_same_numbers(packed(layout), packed("1x1"), "kd")
-    assert_same_weights(packed(layout), packed("1x1"), "kd")
+    assert_same_numbers(packed(layout, teacher_layout), packed("1x1"), "kd")
+    assert_same_weights(packed(layout, teacher_layout), packed("1x1"), "kd")
     tokens = [step["tokens"] for step in lines(packed("1x1"), "kd")[0].values()]
     places = GLOBAL_BATCH * SEQ_LENGTH
     assert all(0.5 * places * step < count < places * step for step, count in enumerate(tokens, 1))
