@@ -1,0 +1,1 @@
+"""Text from a live, sharded model: decoding with a key-value cache, and answers to a file of prompts."""
