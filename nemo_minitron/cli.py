@@ -26,6 +26,8 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
                            a Megatron or NeMo distributed checkpoint as a Hugging Face directory, for teacher.path
   export checkpoint=HF_DIR output=DIR [format=megatron|nemo]
                            and back
+  generate checkpoint=DIR prompts=FILE.jsonl output=FILE.jsonl [max_new_tokens=N] [temperature=T] [top_p=P] [tp=N ...]
+                           answers of a model to prompts; killed, the same command goes on
 
   minitron experiment=demo                      prune and distill the embedded teacher
   minitron experiment=demo parallel.tp=2        the same on two tensor-parallel processes
@@ -43,6 +45,7 @@ TOOLS = {
     ("data", "prepare"): "data.command:prepare",
     ("import",): "checkpoint.command:import_command",
     ("export",): "checkpoint.command:export_command",
+    ("generate",): "generate_command:generate",
 }
 """Commands that are no recipe, and the function that takes the rest of the arguments; imported when asked for."""
 

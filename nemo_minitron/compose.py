@@ -21,6 +21,8 @@ from nemo_minitron.config import (
     ClusterConfig,
     Config,
     DistillConfig,
+    EvaluateConfig,
+    GenerateConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -157,6 +159,7 @@ def _check(config: Config) -> None:
         "distill.teacher": ("tp", "pp", "exchange_every_steps"),
         "distill.intermediate": ("relation_heads",),
         "evaluate": ("micro_batch_size",),
+        "generate": ("micro_batch_size", "max_new_tokens"),
         "correct": ("tokens", "snapshot_every_steps"),
         "distill": ("tokens", "top_k"),
     }
@@ -185,6 +188,8 @@ def _check(config: Config) -> None:
         raise ConfigError("no looks at held-out data to find the best", expected="train.eval_every_steps of 1 or more",
                           found="0", key="train.keep_best")
     _check_cluster(config.cluster)
+    _check_tasks(config.evaluate)
+    _check_generate(config.generate)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
 
@@ -278,6 +283,26 @@ def _check_round_target(round_: RoundConfig, key: str) -> None:
     if round_.search is None and not given:
         raise ConfigError("a round without a target", expected="search, target, ratio, budget or drop",
                           found="none of them", key=f"{key}.target")
+
+
+def _check_tasks(evaluate: EvaluateConfig) -> None:
+    if evaluate.limit is not None and evaluate.limit < 1:
+        raise ConfigError("bad value", expected="a positive number", found=str(evaluate.limit), key="evaluate.limit")
+    for at, task in enumerate(evaluate.tasks):
+        for name in ("num_fewshot", "limit"):
+            value = getattr(task, name)
+            if value is not None and value < (1 if name == "limit" else 0):
+                raise ConfigError("bad value", expected="a positive number" if name == "limit" else "zero or more",
+                                  found=str(value), key=f"evaluate.tasks[{at}].{name}")
+
+
+def _check_generate(generate: GenerateConfig) -> None:
+    if not (generate.temperature >= 0 and math.isfinite(generate.temperature)):
+        raise ConfigError("bad value", expected="zero or more", found=str(generate.temperature),
+                          key="generate.temperature")
+    if not 0 < generate.top_p <= 1:
+        raise ConfigError("bad value", expected="more than 0, at most 1", found=str(generate.top_p),
+                          key="generate.top_p")
 
 
 def _first_lines(error: Exception) -> str:

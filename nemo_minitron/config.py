@@ -48,6 +48,7 @@ __all__ = [
     "DepthConfig",
     "DistillConfig",
     "EvaluateConfig",
+    "GenerateConfig",
     "ImportanceConfig",
     "IntermediateConfig",
     "IntermediateTermConfig",
@@ -58,11 +59,13 @@ __all__ = [
     "ProfileConfig",
     "PruneConfig",
     "StopConfig",
+    "TaskConfig",
     "TeacherConfig",
     "TeacherPlacementConfig",
     "TrainConfig",
 ]
-STAGES = ("initialize", "correct", "score", "prune", "cache_teacher", "distill", "ce", "scratch", "evaluate", "report")
+STAGES = ("initialize", "correct", "score", "prune", "cache_teacher", "generate", "distill", "ce",
+          "scratch", "evaluate", "report")
 CONTROLS = ("ce", "scratch")
 LAYER_METRICS = ("block_influence", "loss", "accuracy", "logit_mse", "removal_order")
 
@@ -225,11 +228,53 @@ class PruneConfig:
 
 
 @dataclass
+@dataclass
+class TaskConfig:
+    """A task of lm-evaluation-harness."""
+
+    name: str = MISSING
+    """lm_eval's name of a task, group or tag; with `path`, the name to show."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; null: the task's own number, else 0."""
+    path: str | None = None
+    """Local file or folder of questions, of a form that evaluate/local.py tells; null: from a data set hub."""
+    limit: int | None = None
+    """Questions at most, of each subject of a group."""
+    metric: str | None = None
+    """The metric to show; null: the task's first."""
+
+
+@dataclass
 class EvaluateConfig:
-    """Loss on the held-out split, token-weighted and exact."""
+    """Loss on the held-out split, token-weighted and exact, and the tasks of lm-evaluation-harness."""
 
     micro_batch_size: int = 16
     """Samples a forward pass."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    harness_dir: str | None = None
+    """Folder of further YAML task files in lm_eval's form; they can name Python functions, which are run."""
+    add_bos: bool | None = None
+    """Put the tokenizer's bos before each prompt; null: as the tokenizer does by itself, which is lm_eval's default."""
+    allow_code: bool = False
+    """Run the code that the model writes, for tasks that ask for it (HumanEval, MBPP)."""
+    published: list[str] = field(default_factory=list)
+    """Published models whose printed scores stand beside the run's in the report; report/published.py has them."""
+
+
+@dataclass
+class GenerateConfig:
+    """Answers of the teacher to a file of prompts (stage generate)."""
+
+    prompts: str | None = None
+    """JSON lines with `prompt` (text) or `messages` (a chat, whose template the tokenizer has)."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: the likeliest token each time."""
+    top_p: float = 1.0
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer, besides the end-of-sequence token; they are not part of it."""
+    micro_batch_size: int = 16
+    """Prompts a forward pass."""
 
 
 @dataclass
@@ -309,6 +354,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
 
     @property
     def run_dir(self) -> Path:

@@ -16,9 +16,12 @@ from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.config import Config
 from nemo_minitron.data.blend import check_blend
 from nemo_minitron.errors import ConfigError, UserError
+from nemo_minitron.evaluate.tasks import check_tasks
+from nemo_minitron.generate.prompts import read_prompts
 from nemo_minitron.launch.processes import is_srun, placement
 from nemo_minitron.launch.requeue import requeue
 from nemo_minitron.launch.workers import Stopped, run_workers
+from nemo_minitron.report.published import check_published
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
@@ -86,6 +89,11 @@ def check_recipe(context: Context) -> None:
     if config.distill.loss == "top_k_kl" and config.distill.top_k > arch.vocab_size:
         raise ConfigError("more tokens than the vocabulary has", expected=f"at most {arch.vocab_size}",
                           found=str(config.distill.top_k), key="distill.top_k")
+    if "evaluate" in wanted_stages(context):
+        check_tasks(config.evaluate)
+        check_published(config.evaluate.published)
+    if "generate" in wanted_stages(context):
+        read_prompts(config.generate.prompts)
     if "score" in wanted_stages(context):
         check_depth(arch, config.importance.depth)
     context.check_seq_length(arch)

@@ -33,8 +33,8 @@ class Question:
     answer: int
 
 
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a task file.
+def read_questions(path: Path, *, key: str = KEY) -> list[Question]:
+    """The questions of a task file; `key` is what the user has to change where it is of no use.
 
     Raises:
         DataError: no file, no JSON, or a row of another form; names the row of a list, or the line, from 1.
@@ -43,50 +43,50 @@ def read_questions(path: Path) -> list[Question]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("the task file cannot be read", expected=f"a JSON file at {path}", found=str(error),
-                        key=KEY) from None
+                        key=key) from None
     if text.lstrip().startswith("["):
-        rows = {f"row {number} of {path}": row for number, row in enumerate(_parsed(text, str(path)), 1)}
+        rows = {f"row {number} of {path}": row for number, row in enumerate(_parsed(text, str(path), key), 1)}
     else:  # not splitlines(): JSON texts may hold U+2028 and its like as they are
-        rows = {where: _parsed(line, where) for where, line in
+        rows = {where: _parsed(line, where, key) for where, line in
                 ((f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), 1)) if line.strip()}
     if not rows:
-        raise DataError("the task file is empty", expected=f"questions in {path}", found="none", key=KEY)
-    return [_question(row, where) for where, row in rows.items()]
+        raise DataError("the task file is empty", expected=f"questions in {path}", found="none", key=key)
+    return [_question(row, where, key) for where, row in rows.items()]
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str, key: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise DataError("the task file is not JSON", expected=f"a JSON list or JSON lines in {where}",
-                        found=str(error), key=KEY) from None
+                        found=str(error), key=key) from None
 
 
-def _question(row: Any, where: str) -> Question:
+def _question(row: Any, where: str, key: str) -> Question:
     if not isinstance(row, dict):
-        raise _wrong(where, "an object with context, continuation and answer", type(row).__name__)
+        raise _wrong(where, key, "an object with context, continuation and answer", type(row).__name__)
     texts: dict[str, Any] = {}
     for field in ("context", "continuation"):
         value = row.get(field)
         listed = isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
         if not listed and not isinstance(value, str):
-            raise _wrong(where, f"{field} to be text or a list of texts", repr(value)[:60])
+            raise _wrong(where, key, f"{field} to be text or a list of texts", repr(value)[:60])
         texts[field] = value
     lengths = {len(value) for value in texts.values() if isinstance(value, list)}
     if len(lengths) != 1 or (count := lengths.pop()) < 2:
-        raise _wrong(where, "a list of two or more options as context or continuation (or both, of equal length)",
+        raise _wrong(where, key, "a list of two or more options as context or continuation (or both, of equal length)",
                      "lists of " + (", ".join(map(str, sorted(lengths))) or "fewer"))
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < count:
-        raise _wrong(where, f"answer to be an index from 0 to {count - 1}", repr(answer)[:60])
+        raise _wrong(where, key, f"answer to be an index from 0 to {count - 1}", repr(answer)[:60])
     contexts, continuations = (value if isinstance(value, list) else [value] * count for value in texts.values())
     if not all(continuations):
-        raise _wrong(where, "a continuation of each option", "an empty one")
+        raise _wrong(where, key, "a continuation of each option", "an empty one")
     return Question(tuple(zip(contexts, continuations, strict=True)), answer)
 
 
-def _wrong(where: str, expected: str, found: str) -> DataError:
-    return DataError(f"wrong form in {where}", expected=expected, found=found, key=KEY)
+def _wrong(where: str, key: str, expected: str, found: str) -> DataError:
+    return DataError(f"wrong form in {where}", expected=expected, found=found, key=key)
 
 
 def accuracy(questions: Sequence[Question], nats: Sequence[float]) -> float:

@@ -87,10 +87,17 @@ def worker_environment(config: Config, processes: int) -> dict[str, str]:
     """
     threads = config.parallel.num_threads or max(1, len(os.sched_getaffinity(0)) // processes)
     fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE",
-             "MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",
+             "MKL_CBWR": "AUTO,STRICT", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": _offline(config),
+             "TQDM_DISABLE": "1", "HF_ALLOW_CODE_EVAL": "1" if config.evaluate.allow_code else "0",
              "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore",
              "NEMO_EXPM_VERSION": "", "ONE_LOGGER_JOB_CATEGORY": "test"}
     return {**os.environ, **fixed, **config.cluster.environment}
+
+
+def _offline(config: Config) -> str:
+    """The hub is asked for the data of tasks that are not local files, unless the environment forbids it."""
+    hub = "evaluate" in config.stages and any(task.path is None for task in config.evaluate.tasks)
+    return os.environ.get("HF_HUB_OFFLINE", "0") if hub else "1"
 
 
 def _end_with_parent() -> None:

@@ -16,8 +16,8 @@ from nemo_minitron.errors import ScoresError, UserError
 from nemo_minitron.importance.aggregate import Ranking, importance
 from nemo_minitron.importance.scores import DEFAULT_AGGREGATION, Scores
 
-STAGES = ("initialize", "correct", "score", "search", "prune", "cache_teacher", "distill", "ce", "scratch", "align",
-          "evaluate", "report")
+STAGES = ("initialize", "correct", "score", "search", "prune", "cache_teacher", "generate", "distill", "ce", "scratch",
+          "align", "evaluate", "report")
 """In the order in which they run; other stage directories are not looked at."""
 
 TRAINED_STAGES = ("correct", "distill", "ce", "scratch")
@@ -33,6 +33,17 @@ class ModelFigures:
     tokens: float | None
     seconds: float | None
     tokens_per_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """A model's score in one task: `value` and `stderr` of `metric`, over `num_samples` questions."""
+
+    metric: str
+    value: float | None
+    stderr: float | None
+    num_samples: float | None
+    num_fewshot: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +68,10 @@ class Importance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round. `models` has the keys teacher, pruned, distilled, ce and scratch, as far as they were measured."""
+    """One round. `models` has the keys teacher, pruned, distilled, ce and scratch, as far as they were measured.
+
+    `tasks` has the scores of each task by the same keys.
+    """
 
     name: str
     models: dict[str, ModelFigures]
@@ -68,6 +82,7 @@ class Round:
     importance: Importance | None
     histories: dict[str, History]
     manifests: dict[str, Manifest]
+    tasks: dict[str, dict[str, TaskScore]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +96,7 @@ class Experiment:
     config: str | None
     commands: list[tuple[list[str], str]]
     problems: list[str]
+    published: list[str] = dataclasses.field(default_factory=list)
 
 
 def collect(output_dir: Path) -> Experiment:
@@ -102,6 +118,7 @@ def collect(output_dir: Path) -> Experiment:
         heldout_tokens=_number(summary.get("heldout_tokens")), heldout_bytes=_number(summary.get("heldout_bytes")),
         rounds=rounds, config=_text(output_dir / "config.yaml", output_dir, problems),
         commands=_commands(output_dir, problems), problems=problems,
+        published=[str(name) for name in _as_list(summary.get("published"))],
     )
 
 
@@ -114,13 +131,14 @@ def _round(name: str, entry: dict[str, Any], output_dir: Path, problems: list[st
     models = {key: _model(entry[key]) for key in ("teacher", "pruned", "distilled") if isinstance(entry.get(key), dict)}
     controls = _as_dict(entry.get("controls"))
     models |= {key: _model(controls[key]) for key in ("ce", "scratch") if isinstance(controls.get(key), dict)}
+    tasks = _tasks({key: _as_dict({**entry, **controls}.get(key)).get("tasks") for key in models})
     manifests = {stage: manifest for stage in STAGES
                  if (manifest := _manifest(directory / stage, output_dir, problems)) is not None}
     histories = {stage: history for stage in TRAINED_STAGES
                  if (history := _history(directory / stage / "metrics.jsonl", output_dir, problems)) is not None}
     plan = _plan(directory / "prune" / "plan.json", output_dir, problems)
     return Round(
-        name=name, models=models, histories=histories, manifests=manifests,
+        name=name, models=models, histories=histories, manifests=manifests, tasks=tasks,
         recovery=_number(entry.get("recovery")), excess=_number(entry.get("excess")),
         excess_vs_scratch=_number(entry.get("excess_vs_scratch")),
         plan=plan, importance=_importance(directory / "score", plan, manifests.get("prune"), output_dir, problems),
@@ -129,6 +147,19 @@ def _round(name: str, entry: dict[str, Any], output_dir: Path, problems: list[st
 
 def _model(data: dict[str, Any]) -> ModelFigures:
     return ModelFigures(**{field.name: _number(data.get(field.name)) for field in dataclasses.fields(ModelFigures)})
+
+
+def _tasks(by_model: dict[str, Any]) -> dict[str, dict[str, TaskScore]]:
+    """Task -> model -> score, from each model's `tasks`."""
+    found: dict[str, dict[str, TaskScore]] = {}
+    for model, tasks in by_model.items():
+        for task, scores in _as_dict(tasks).items():
+            data = _as_dict(scores)
+            shown = _as_dict(_as_dict(data.get("metrics")).get(str(data.get("metric"))))
+            found.setdefault(task, {})[model] = TaskScore(
+                metric=str(data.get("metric")), value=_number(shown.get("value")), stderr=_number(shown.get("stderr")),
+                num_samples=_number(data.get("num_samples")), num_fewshot=_number(data.get("num_fewshot")))
+    return found
 
 
 def _manifest(directory: Path, output_dir: Path, problems: list[str]) -> Manifest | None:

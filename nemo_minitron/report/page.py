@@ -14,6 +14,7 @@ from nemo_minitron.report import figures, formats, tables
 from nemo_minitron.report.collect import Experiment, ModelFigures, Round, collect
 from nemo_minitron.report.markup import Html, join, tag
 from nemo_minitron.report.style import CSS
+from nemo_minitron.report.task_table import task_table
 
 DEFINITIONS = (
     ("Loss", "Mean cross-entropy in nats per token: the sum over all held-out tokens that are predicted, divided by "
@@ -119,6 +120,7 @@ def _round(experiment: Experiment, index: int) -> Html:
         tag("h3", "Losses"),
         figures.loss_ladder(round_) or "",
         tables.loss_table(round_, experiment) if round_.models else _missing("summary.json lists no loss yet."),
+        *([tag("h3", "Tasks"), task_table(round_, experiment.published)] if round_.tasks else []),
         tag("h3", "Architecture"),
         tables.architecture_table(round_.plan.source, round_.plan.target) if round_.plan
         else _missing("Not pruned yet: there is no plan."),

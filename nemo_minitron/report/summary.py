@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ _STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "sc
 
 
 def summarize(*, name: str, round_name: str, teacher_path: Path, round_dir: Path,
-              manifests: Mapping[str, Manifest | None], evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+              manifests: Mapping[str, Manifest | None], evaluated: Mapping[str, Mapping[str, Any]],
+              published: Sequence[str] = ()) -> dict[str, Any]:
     """Assemble the summary of a run of one round; what was not run is null, controls not run are absent.
 
     recovery = (pruned - distilled) / (pruned - teacher); excess = distilled - teacher, nats/token;
-    excess_vs_scratch = excess / (scratch - teacher) at equal training tokens.
+    excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. Each model's `tasks` are its scores in
+    the recipe's tasks by name: all metrics, and under `metric` which of them to show. `published`: whose printed scores
+    to show beside them.
     """
     models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
     for model, stage in _STAGES.items():
@@ -38,7 +41,7 @@ def summarize(*, name: str, round_name: str, teacher_path: Path, round_dir: Path
             entry["excess_vs_scratch"] = _ratio(entry["excess"], loss["scratch"] - loss["teacher"])
     teacher = evaluated["teacher"]
     return {"name": name, "heldout_tokens": teacher["num_tokens"], "heldout_bytes": teacher["num_bytes"],
-            "rounds": [entry]}
+            "rounds": [entry], **({"published": list(published)} if published else {})}
 
 
 def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +50,8 @@ def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> 
     return {"path": str(path), "loss": record["loss"], "bits_per_byte": record["bits_per_byte"],
             "num_parameters": arch.num_parameters(),
             "num_non_embedding_parameters": arch.num_non_embedding_parameters(),
-            **{key: result.get(key) for key in ("tokens", "seconds", "tokens_per_s")}}
+            **{key: result.get(key) for key in ("tokens", "seconds", "tokens_per_s")},
+            "tasks": record.get("tasks", {})}
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

@@ -1,16 +1,21 @@
-"""Stage `evaluate`: held-out loss of every model of the run, on the same tokens.
+"""Stage `evaluate`: held-out loss of every model of the run, on the same tokens, and its scores in the recipe's tasks.
 
-One JSON file a model; what has been measured before, on the same weights and tokens, is not measured again.
+One JSON file a model; what has been measured before, on the same weights and tokens or questions, is not measured
+again. A task's scores are written as soon as they are there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import Checkpoint, read_json, write_json
+from nemo_minitron.artifacts import Checkpoint, digest_json, read_json, write_json
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.evaluate.live import LiveModel
 from nemo_minitron.evaluate.loss import heldout_loss
+from nemo_minitron.evaluate.tasks import run_task, task_key
 from nemo_minitron.model.build import load_model, transformer_config
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import RecipeData, prepared_data, split_samples
@@ -29,11 +34,16 @@ def models_there(context: Context) -> dict[str, Path]:
 
 def run(context: Context) -> dict[str, Any]:
     """Measure what has not been measured; every rank takes part."""
-    losses = {name: _measure(context, name, context.read(path)) for name, path in models_there(context).items()}
-    for name, record in losses.items():
+    records = {name: _measure(context, name, context.read(path)) for name, path in models_there(context).items()}
+    for name, record in records.items():
         bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits/byte"
         context.say(f"[evaluate] {name:<10} {record['loss']:.4f} nats/token{bits}")
-    return {"models": losses}
+        for task, scores in record["tasks"].items():
+            shown = scores["metrics"][scores["metric"]]
+            error = "" if shown["stderr"] is None else f" +- {shown['stderr']:.4f}"
+            context.say(f"[evaluate] {name:<10} {task} {shown['value']:.4f}{error} ({scores['metric']}, "
+                        f"{scores['num_samples']:,} questions)")
+    return {"models": records}
 
 
 def _measure(context: Context, name: str, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -45,12 +55,47 @@ def _measure(context: Context, name: str, checkpoint: Checkpoint) -> dict[str, A
     path = context.stage_dir("evaluate") / f"{name}.json"
     known = read_json(path) if path.exists() else {}
     # one rank's look at the files decides for all: another may look after rank 0 has written
-    found: dict[str, Any] | None = context.share(known if known.items() >= key.items() else None)
-    record = found or key | _loss(context, checkpoint, prepared)
+    known = context.share(known)
+    record: dict[str, Any] = dict(known) if known.items() >= key.items() else key | _loss(context, checkpoint, prepared)
+    record["measured"] = known.get("measured", {})
     context.barrier()
     if context.rank == 0:
         write_json(path, record)
+    record = _with_tasks(context, checkpoint, record, path)
+    context.barrier()
     return record
+
+
+def _with_tasks(context: Context, checkpoint: Checkpoint, record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`record` with `tasks`: the scores of the recipe's tasks by name; `measured` keeps all that ever were."""
+    evaluate, seed = context.config.evaluate, context.config.seed
+    keys: dict[str, str] = context.share({
+        task.name: digest_json([task_key(task, evaluate, seed), checkpoint.weights_digest, checkpoint.tokenizer_digest])
+        for task in evaluate.tasks} if context.rank == 0 else None)
+    due = [task for task in evaluate.tasks if keys[task.name] not in record["measured"]]
+    if due:
+        layout = dataclasses.replace(context.layout, sequence_parallel=False)
+        model = load_model(checkpoint.arch, checkpoint.path, transformer_config(checkpoint.arch, layout))
+        live = LiveModel(model=model, tokenizer=load_tokenizer(checkpoint.path), layout=layout, rank=context.rank,
+                         share=context.share, micro_batch_size=evaluate.micro_batch_size,
+                         chunk_tokens=context.config.train.chunk_tokens)
+        if context.rank:
+            live.follow()
+        else:
+            with live.directing():
+                for task in due:
+                    record["measured"][keys[task.name]] = run_task(live, task, evaluate, seed=seed)
+                    write_json(path, record)
+    tasks = {}
+    for task in evaluate.tasks if context.rank == 0 else []:
+        for row, scores in record["measured"][keys[task.name]].items():
+            shown = task.metric if task.metric in scores["metrics"] else next(iter(scores["metrics"]))
+            tasks[row] = {**scores, "metric": shown}
+    if context.rank == 0:
+        record["tasks"] = tasks
+        write_json(path, record)
+    shared: dict[str, Any] = context.share(record)
+    return shared
 
 
 def _loss(context: Context, checkpoint: Checkpoint, prepared: RecipeData) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from nemo_minitron.artifacts import digest_files, digest_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.data.source import resolve_kind, source_digest
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.evaluate.tasks import task_key
 from nemo_minitron.importance.scores import scores_digest
 from nemo_minitron.stages.context import Context
 
@@ -62,12 +63,13 @@ STAGES: dict[str, Stage] = {
     "score": Stage(function="score:run", inputs=(TEACHER,), config=("importance", "data", "seed")),
     "prune": Stage(function="prune:run", inputs=(TEACHER, "score"), config=("prune", "importance"), ranks=False),
     "cache_teacher": Stage(function="cache_teacher:run", inputs=(TEACHER,), config=(*_TRAINING, "distill")),
+    "generate": Stage(function="generate:run", inputs=(TEACHER,), config=("generate", "seed")),
     "distill": Stage(function="distill:run", inputs=(TEACHER, "prune"), config=(*_TRAINING, "distill")),
     "ce": Stage(function="controls:run_ce", inputs=("prune",), config=(*_TRAINING, "distill")),
     "scratch": Stage(function="controls:run_scratch", inputs=("prune",), config=(*_TRAINING, "distill")),
-    "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data",), keeps_files=True,
+    "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data", "evaluate"), keeps_files=True,
                       optional_inputs=("prune", "distill", "ce", "scratch")),
-    "report": Stage(function="report:run", inputs=("evaluate",), ranks=False, keeps_files=True,
+    "report": Stage(function="report:run", inputs=("evaluate",), config=("evaluate",), ranks=False, keeps_files=True,
                     products=("summary.json", "report.html"),
                     optional_inputs=("score", "prune", "distill", "ce", "scratch", "correct")),
 }
@@ -102,6 +104,15 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         part["train"] = {key: value for key, value in part["train"].items() if key not in unused}
     if "data" in part:
         part["data"] = _what_is_read(part["data"])
+    if stage == "evaluate":
+        evaluate = context.config.evaluate
+        part["evaluate"] = [[task_key(task, evaluate, context.config.seed), task.metric] for task in evaluate.tasks]
+    if stage == "report":
+        part["evaluate"] = {"published": part["evaluate"]["published"]}
+    if stage == "generate":
+        prompts = Path(part["generate"]["prompts"] or "")
+        part["generate"]["prompts"] = digest_files([prompts]) if prompts.is_file() else str(prompts)
+        part["generate"].pop("micro_batch_size")
     if stage == "score":
         part["importance"] = _what_is_collected(part["importance"])
         if context.config.importance.iterations > 1:

@@ -19,7 +19,8 @@ def run(context: Context) -> dict[str, Any]:
     manifests = {stage: context.manifest(stage) for stage in STAGES}
     evaluated = {name: read_json(context.stage_dir("evaluate") / f"{name}.json") for name in models_there(context)}
     summary = summarize(name=context.config.name, round_name=ROUND, teacher_path=context.teacher_path(),
-                        round_dir=context.round_dir, manifests=manifests, evaluated=evaluated)
+                        round_dir=context.round_dir, manifests=manifests, evaluated=evaluated,
+                        published=context.config.evaluate.published)
     write_json(run_dir / "summary.json", summary)
     for name in evaluated:
         stage = MODELS.get(name, "correct" if "correct" in context.config.stages else None)

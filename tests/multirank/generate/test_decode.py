@@ -82,7 +82,8 @@ def test_greedy_of_trained_models(rank_pool, path, layout):
     if not path.is_dir():
         pytest.skip("needs stories260K-hf in the folder that MINITRON_SHARED names")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    prompts = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in TEXTS[path]]
+    prompts = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+               for text in TEXTS[path]]
     found = run(rank_pool, path, layout, prompts, size=4, max_new_tokens=60)
     assert found == greedy(path, prompts, 60)
 
