@@ -239,7 +239,7 @@ class TaskConfig:
     path: str | None = None
     """Local file or folder of questions, of a form that evaluate/local.py tells; null: from a data set hub."""
     limit: int | None = None
-    """Questions at most, of each subject of a group."""
+    """Questions at most, of each subject of a group; null: `evaluate.limit`."""
     metric: str | None = None
     """The metric to show; null: the task's first."""
 
@@ -251,6 +251,8 @@ class EvaluateConfig:
     micro_batch_size: int = 16
     """Samples a forward pass."""
     tasks: list[TaskConfig] = field(default_factory=list)
+    limit: int | None = None
+    """Questions at most, of each task without a limit of its own; null: all."""
     harness_dir: str | None = None
     """Folder of further YAML task files in lm_eval's form; they can name Python functions, which are run."""
     add_bos: bool | None = None

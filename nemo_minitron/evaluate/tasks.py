@@ -78,7 +78,7 @@ def task_key(task: TaskConfig, evaluate: EvaluateConfig, seed: int) -> str:
         installed = None
     files = [] if evaluate.harness_dir is None else sorted(Path(evaluate.harness_dir).rglob("*.yaml"))
     return digest_json({
-        "name": task.name, "num_fewshot": task.num_fewshot, "limit": task.limit, "seed": seed,
+        "name": task.name, "num_fewshot": task.num_fewshot, "limit": task.limit or evaluate.limit, "seed": seed,
         "questions": None if task.path is None else digest_files(task_files(Path(task.path))),
         "harness": digest_files(files) if task.path is None else None, "add_bos": evaluate.add_bos,
         "lm_eval": installed})
@@ -106,8 +106,8 @@ def run_task(live: LiveModel, task: TaskConfig, evaluate: EvaluateConfig, *, see
             shots = one.get_config("num_fewshot") if task.num_fewshot is None else task.num_fewshot
             one.set_config(key="num_fewshot", value=shots or 0)
             one.set_fewshot_seed(seed=FEWSHOT_SEED)
-        found = evaluate_tasks(HarnessModel(live, add_bos=evaluate.add_bos, seed=seed), loaded, limit=task.limit,
-                               log_samples=False, confirm_run_unsafe_code=evaluate.allow_code)
+        found = evaluate_tasks(HarnessModel(live, add_bos=evaluate.add_bos, seed=seed), loaded,
+                               limit=task.limit or evaluate.limit, log_samples=False, confirm_run_unsafe_code=evaluate.allow_code)
     assert found is not None
     rows = [task.name] if task.name in (loaded.get("groups") or {}) else list(loaded["tasks"])
     return {row: _scores(row, found, list(loaded["tasks"]) if len(rows) == 1 else [row]) for row in rows}
