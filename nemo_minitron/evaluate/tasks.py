@@ -107,7 +107,8 @@ def run_task(live: LiveModel, task: TaskConfig, evaluate: EvaluateConfig, *, see
             one.set_config(key="num_fewshot", value=shots or 0)
             one.set_fewshot_seed(seed=FEWSHOT_SEED)
         found = evaluate_tasks(HarnessModel(live, add_bos=evaluate.add_bos, seed=seed), loaded,
-                               limit=task.limit or evaluate.limit, log_samples=False, confirm_run_unsafe_code=evaluate.allow_code)
+                               limit=task.limit or evaluate.limit, log_samples=False,
+                               confirm_run_unsafe_code=evaluate.allow_code)
     assert found is not None
     rows = [task.name] if task.name in (loaded.get("groups") or {}) else list(loaded["tasks"])
     return {row: _scores(row, found, list(loaded["tasks"]) if len(rows) == 1 else [row]) for row in rows}
