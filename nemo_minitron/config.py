@@ -159,6 +159,8 @@ class ParallelConfig:
     """Model chunks a pipeline stage: only 1, the interleaved schedule is not supported."""
     distributed_optimizer: bool = False
     """Shard optimizer states over data parallelism (needs Transformer Engine or Apex to resume)."""
+    read_once: bool = True
+    """The first data-parallel replica reads a checkpoint and sends it to the others; false: every replica reads."""
     num_threads: int | None = None
     """CPU threads a process; null: all cores shared evenly."""
     timeout_s: int = 600

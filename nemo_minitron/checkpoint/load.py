@@ -5,7 +5,7 @@ No Megatron here: parameters come by name, and the family's table says what each
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from nemo_minitron.errors import CheckpointError
 
 
 def load_shard(parameters: Iterable[tuple[str, torch.nn.Parameter]], directory: Path, arch: ArchSpec, *,
-               tp_rank: int, tp_size: int, layer_offset: int) -> None:
+               tp_rank: int, tp_size: int, layer_offset: int,
+               read: bool = True, share: Callable[[torch.Tensor], None] | None = None) -> None:
     """Fill the named parameters of this rank's `GPTModel` chunk, in place, cast to their own type.
 
     Args:
@@ -29,6 +30,8 @@ def load_shard(parameters: Iterable[tuple[str, torch.nn.Parameter]], directory: 
         tp_rank: this rank within its TP group; `tp_size` ranks share each layer.
         tp_size: tensor-parallel degree.
         layer_offset: number in the whole model of the chunk's first layer.
+        read: whether this rank reads; if not, `share` brings what another one read.
+        share: gives every replica the tensor that the reading one has, in place; None: each reads for itself.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape than `arch` says, or is no float tensor.
@@ -37,9 +40,12 @@ def load_shard(parameters: Iterable[tuple[str, torch.nn.Parameter]], directory: 
     with TensorReader(directory) as reader, torch.no_grad():
         for name, parameter in parameters:
             source = parameter_source(arch, name, layer_offset)
-            local = _read(reader, source.transform, [tensors[hf] for hf in source.hf], arch, tp_rank, tp_size)
-            assert local.shape == parameter.shape, f"{name}: {tuple(local.shape)} for {tuple(parameter.shape)}"
-            parameter.copy_(local)
+            if read:
+                local = _read(reader, source.transform, [tensors[hf] for hf in source.hf], arch, tp_rank, tp_size)
+                assert local.shape == parameter.shape, f"{name}: {tuple(local.shape)} for {tuple(parameter.shape)}"
+                parameter.copy_(local)
+            if share is not None:
+                share(parameter.data)
 
 
 def read_head(directory: Path, arch: ArchSpec, *, tp_rank: int, tp_size: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from nemo_minitron.arch import ArchSpec
-from nemo_minitron.checkpoint.load import load_shard, read_head
+from nemo_minitron.checkpoint.load import read_head
 from nemo_minitron.data.batch import Batch
 from nemo_minitron.distill.exchange import deliver, gather_batches
 from nemo_minitron.distill.intermediate import TeacherParts
@@ -31,7 +31,7 @@ from nemo_minitron.distill.routing import FINAL, rank_of, share, transfers
 from nemo_minitron.distill.taps import States, tap
 from nemo_minitron.distill.terms import TeacherStates, tokens_first
 from nemo_minitron.distill.top_k import TopK, teacher_top_k
-from nemo_minitron.model.build import build_model, transformer_config
+from nemo_minitron.model.build import build_model, padded_vocab_size, read_weights, transformer_config
 from nemo_minitron.model.forward import forward_batch
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.beside import GroupsBeside
@@ -151,19 +151,30 @@ class Teacher:
     def load_weights(self, path: Path) -> None:
         """Read the weights of another checkpoint of the same architecture; every rank must call this."""
         with self._groups():
-            load_shard(self.model.named_parameters(), path, self.arch, tp_rank=groups.tp_rank(),
-                       tp_size=self.layout.tp, layer_offset=self.model.layer_offset)
+            read_weights(self.model, path, self.layout)
         self._head: torch.Tensor | None = None
         if groups.is_last_stage():
             if self._same_layout and not self.placement.offload_weights:
                 self._head = self.model.head()
             else:
-                head = read_head(path, self.arch, tp_rank=groups.tp_rank(), tp_size=self.student_layout.tp)
-                self._head = head.to(device(), self.model.config.params_dtype)
+                self._head = self._read_head(path)
         self._host = [_on_host(parameter.data) for parameter in self.model.parameters()] \
             if self.placement.offload_weights else []
         for parameter, host in zip(self.model.parameters() if self._host else (), self._host, strict=True):
             parameter.data = host
+
+    def _read_head(self, path: Path) -> torch.Tensor:
+        """The head's rows `[v, Ht]` in the student's tensor-parallel layout, which is another than the model's."""
+        read, send = groups.sharing(self.student_layout)
+        tp = self.student_layout.tp
+        if read:
+            rows = read_head(path, self.arch, tp_rank=groups.tp_rank(), tp_size=tp)
+        else:
+            rows = torch.empty(padded_vocab_size(self.arch.vocab_size, tp) // tp, self.arch.hidden_size)
+        rows = rows.to(device(), self.model.config.params_dtype).contiguous()
+        if send is not None:
+            send(rows)
+        return rows
 
     @property
     def head(self) -> torch.Tensor:

@@ -144,12 +144,25 @@ def build_model(arch: ArchSpec, config: TransformerConfig, *, unfused_norms: boo
     return model.to(device())
 
 
-def load_model(arch: ArchSpec, path: Path, config: TransformerConfig, *, unfused_norms: bool = False) -> HiddenStateGPT:
-    """Build this rank's shard and read its slices of the Hugging Face checkpoint in `path`."""
+def load_model(arch: ArchSpec, path: Path, config: TransformerConfig, *, layout: Layout | None = None,
+               unfused_norms: bool = False) -> HiddenStateGPT:
+    """Build this rank's shard and fill it from the Hugging Face checkpoint in `path`; every rank must call this.
+
+    With `layout`, that of the groups that are formed, replicas may share what one of them reads (`read_weights`).
+    """
     model = build_model(arch, config, unfused_norms=unfused_norms)
-    load_shard(model.named_parameters(), path, arch, tp_rank=groups.tp_rank(),
-               tp_size=config.tensor_model_parallel_size, layer_offset=model.layer_offset)
+    read_weights(model, path, layout or Layout(tp=config.tensor_model_parallel_size, read_once=False))
     return model
+
+
+def read_weights(model: HiddenStateGPT, path: Path, layout: Layout) -> None:
+    """Fill this rank's shard from the Hugging Face checkpoint in `path`; every rank must call this.
+
+    Each rank reads its own slices; of data-parallel replicas the first does, where `layout.read_once`.
+    """
+    read, share = groups.sharing(layout)
+    load_shard(model.named_parameters(), path, model.arch, tp_rank=groups.tp_rank(), tp_size=layout.tp,
+               layer_offset=model.layer_offset, read=read, share=share)
 
 
 def inverse_frequencies(rope: Rope, rotated_dims: int) -> torch.Tensor:

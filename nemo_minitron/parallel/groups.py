@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -131,6 +131,22 @@ def pp_rank() -> int:
 def is_last_stage() -> bool:
     """Whether this rank holds the last pipeline stage, where the loss is."""
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def sharing(layout: Layout) -> tuple[bool, Callable[[torch.Tensor], None] | None]:
+    """Whether this rank reads a checkpoint, and how the replicas get what was read (None: each reads for itself).
+
+    The callable is one broadcast over DP, from its first rank; every rank of the group must call it with a
+    contiguous tensor on its device, of the same shape and type.
+    """
+    if not layout.read_once or parallel_state.get_data_parallel_world_size() == 1:
+        return True, None
+    group, first = parallel_state.get_data_parallel_group(), parallel_state.get_data_parallel_src_rank()
+
+    def share(tensor: torch.Tensor) -> None:
+        dist.broadcast(tensor, src=first, group=group)
+
+    return dp_rank() == 0, share
 
 
 def sum_over_replicas_from_last_stage(values: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ class Layout:
     pp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
+    read_once: bool = dataclasses.field(default=True, compare=False)
+    """Whether the first data-parallel replica reads a checkpoint and sends it to the others."""
 
     @property
     def world_size(self) -> int:

@@ -47,7 +47,8 @@ class Context:
     def layout(self) -> Layout:
         """The parallel layout of the recipe."""
         parallel = self.config.parallel
-        return Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, sequence_parallel=parallel.sequence_parallel)
+        return Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, sequence_parallel=parallel.sequence_parallel,
+                      read_once=parallel.read_once)
 
     def stage_dir(self, stage: str) -> Path:
         """Directory of a stage."""

@@ -100,7 +100,8 @@ def _with_tasks(context: Context, checkpoint: Checkpoint, record: dict[str, Any]
 
 def _loss(context: Context, checkpoint: Checkpoint, prepared: RecipeData) -> dict[str, Any]:
     """Loss in nats/token over every predicted held-out token, and in bits per byte of the held-out text."""
-    model = load_model(checkpoint.arch, checkpoint.path, transformer_config(checkpoint.arch, context.layout))
+    model = load_model(checkpoint.arch, checkpoint.path, transformer_config(checkpoint.arch, context.layout),
+                       layout=context.layout)
     samples = split_samples(context, prepared, "heldout", checkpoint.arch)
     result = heldout_loss(model, samples, layout=context.layout,
                           micro_batch_size=context.config.evaluate.micro_batch_size,

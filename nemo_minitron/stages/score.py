@@ -71,7 +71,8 @@ def _collect(context: Context, teacher: Checkpoint, arch: ArchSpec, path: Path, 
              ids: np.ndarray) -> Scores:
     """One pass over `ids` with the model in `path`, the teacher or what is left of it."""
     config = context.config.importance
-    model = load_model(arch, path, transformer_config(arch, context.layout), unfused_norms=True)
+    model = load_model(arch, path, transformer_config(arch, context.layout), layout=context.layout,
+                       unfused_norms=True)
     return collect_scores(model, samples, ids, layout=context.layout, source_digest=teacher.weights_digest,
                           micro_batch_size=config.micro_batch_size, neurons=config.neurons, heads=config.heads)
 
@@ -84,7 +85,8 @@ def _with_depth(context: Context, teacher: Checkpoint, scores: Scores,
     ids = samples.calibration_ids(depth.num_samples, config.seed)
     questions = [] if depth.task is None or "accuracy" not in depth.metrics else read_questions(Path(depth.task))
     options = encode_options(questions, load_tokenizer(teacher.path), config.data.seq_length) if questions else []
-    model = load_model(teacher.arch, teacher.path, transformer_config(teacher.arch, context.layout))
+    model = load_model(teacher.arch, teacher.path, transformer_config(teacher.arch, context.layout),
+                       layout=context.layout)
     scan = scan_depth(model, samples, ids, layout=context.layout, micro_batch_size=config.importance.micro_batch_size,
                       metrics=depth.metrics, block_lengths=depth.block_lengths, iterative=depth.iterative,
                       questions=questions, options=options, chunk_tokens=config.train.chunk_tokens, say=context.say)

@@ -16,7 +16,8 @@ def teacher_layout(distill: DistillConfig, student: Layout) -> Layout:
         raise LayoutError("the teacher's layout does not fit the processes", found=f"tp={tp} pp={pp}",
                           expected=f"a tp * pp that divides the {student.world_size} of the student",
                           key="distill.teacher.tp or distill.teacher.pp")
-    return Layout(tp=tp, pp=pp, dp=student.world_size // (tp * pp), sequence_parallel=student.sequence_parallel)
+    return Layout(tp=tp, pp=pp, dp=student.world_size // (tp * pp), sequence_parallel=student.sequence_parallel,
+                  read_once=student.read_once)
 
 
 def teacher_precision(distill: DistillConfig, train: TrainConfig) -> str:

@@ -46,7 +46,8 @@ class TrainingModule(pl.LightningModule):
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Build this rank's shard and read its weights (called by NeMo's strategy)."""
         if not hasattr(self, "module"):
-            self.module = load_model(self.arch, self.checkpoint, self.config, unfused_norms=self.unfused_norms)
+            self.module = load_model(self.arch, self.checkpoint, self.config, layout=self.layout,
+                                     unfused_norms=self.unfused_norms)
 
     def training_step(self, batch: Batch, batch_idx: int | None = None) -> LossTerms:
         """Forward and loss of one micro-batch on the last pipeline stage."""

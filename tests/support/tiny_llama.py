@@ -107,7 +107,7 @@ def formed(layout):
     """Megatron's groups for the name of a layout, gone again at the end; yields the `Layout`."""
     from nemo_minitron.parallel import groups
 
-    groups.form(LAYOUTS[layout], timeout_s=60)
+    groups.form(MORE_LAYOUTS[layout], timeout_s=60)
     groups.seed_everything(1)
-    yield LAYOUTS[layout]
+    yield MORE_LAYOUTS[layout]
     groups.dissolve()
