@@ -40,6 +40,25 @@ def test_sigterm_writes_a_resume_point_and_the_same_command_goes_on(halfway, und
     assert SECRET not in stdout + stderr + again.stdout + again.stderr
 
 
+@pytest.mark.parametrize("other", [{"parallel__pp": 2}, {"parallel__dp": 2}])
+def test_interrupted_under_tp_2_it_goes_on_under_another_layout(other, halfway, undisturbed, inputs):
+    process, _ = start_and_wait(inputs, halfway, 12, parallel__tp=2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    (told,) = re.findall(r"stopped by SIGTERM after step (\d+) of 40", stderr)
+    again = run_well(inputs.arguments(halfway / "outputs", **other), halfway)
+    assert f"going on from step {told}" in again.stdout
+    found, expected = (step_losses(run_dir) for run_dir in (halfway / "outputs" / "tiny", undisturbed[0]))
+    assert list(found) == list(range(1, NUM_STEPS + 1))
+    assert found == pytest.approx(expected, abs=1e-5), "nats/token: the same samples in the same order"
+
+
+def step_losses(run_dir):
+    """Training loss of each step of `distill`, nats/token, by step."""
+    lines = map(json.loads, (run_dir / "round1/distill/metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
 def test_a_loss_that_is_not_finite_is_named_and_its_batch_kept(halfway, inputs):
     """A learning rate beyond all bounds: the weights of the first step are finite, what they give is not."""
     finished = run(inputs.arguments(halfway / "outputs", optim__lr="1e30", optim__warmup_steps=0), halfway)

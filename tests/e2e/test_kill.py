@@ -50,9 +50,9 @@ def wait_until(condition, seconds):
     return condition()
 
 
-def start_and_wait(inputs, directory, step):
+def start_and_wait(inputs, directory, step, **changes):
     """Start the tiny recipe and wait until `distill` has passed `step`; returns the process and its tree."""
-    process = start(inputs.arguments(directory / "outputs"), directory)
+    process = start(inputs.arguments(directory / "outputs", **changes), directory)
     deadline = time.monotonic() + 120
     while steps_done(directory / "outputs" / "tiny") <= step:
         assert process.poll() is None, process.communicate()

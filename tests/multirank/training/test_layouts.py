@@ -280,7 +280,8 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(files, trained, interr
     assert_same_weights(out, whole, "kd", tolerance=0)
 
 
-@pytest.mark.parametrize(("layout", "other", "name"), [("tp2", "pp2", "tied"), ("pp2", "tp2", "uneven")])
+@pytest.mark.parametrize(("layout", "other", "name"), [("tp2", "pp2", "tied"), ("pp2", "tp2", "uneven"),
+                                                       ("tp2", "dp2", "tied")])
 def test_a_resume_point_can_be_read_under_another_layout(files, trained, interrupted, rank_pool, tmp_path, layout,
                                                          other, name):
     """TP 2 pads the vocabulary of 101 to 102 rows, PP 2 does not."""
