@@ -109,9 +109,20 @@ class Submitted:
 
 
 @pytest.fixture
-def recipe(lab: Lab, inputs: Inputs, tmp_path: Path) -> Callable[..., Submitted]:  # noqa: F811
+def recipe(lab: Lab, inputs: Inputs, tmp_path: Path) -> Iterator[Callable[..., Submitted]]:  # noqa: F811
     """`recipe(key__part=value)`: the tiny recipe, to be submitted."""
-    return lambda **changes: Submitted(lab, inputs, tmp_path, **changes)
+    submitted: list[Submitted] = []
+
+    def make(**changes: object) -> Submitted:
+        submitted.append(Submitted(lab, inputs, tmp_path, **changes))
+        return submitted[-1]
+
+    yield make
+    for job in [job for run in submitted for job in run.jobs]:
+        lab.run(["scancel", job], check=False)
+    for run in submitted:
+        for job in run.jobs:
+            run.wait_ended(60, job)
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -49,6 +49,15 @@ def processes(folder: Path, *words: str) -> list[int]:
     return found
 
 
+def stopped_after(run, name, *, times):
+    """Wait until signal `name` has stopped the run so many times and it is back in the queue; returns the last step."""
+    def steps_done():
+        return re.findall(rf"stopped by {name} after step (\d+)", run.log())
+
+    run.wait(lambda: len(steps_done()) == run.log().count("goes back into the queue") == times, 90, "the requeue")
+    return int(steps_done()[-1])
+
+
 def went_on(run, done_before, since):
     """Wait until the run does steps again; returns (seconds since the fault, steps that were lost)."""
     def news():
@@ -77,8 +86,7 @@ def test_preemption_with_grace_time(run, locally, lab):
     job = started.jobs[0]
     since = time.time()
     lab.run(["sbatch", "--partition=main", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"])
-    started.wait(lambda: "goes back into the queue" in started.log(), 60, "the job to be put back")
-    done = int(re.findall(r"stopped by SIGTERM after step (\d+)", started.log())[-1])
+    done = stopped_after(started, "SIGTERM", times=1)
     line = finish(started, locally, "preempted, 15 s of grace", went_on(started, done, since), "by itself")
     assert line["lost"] == 0, "a resume point was written after the last step"
     assert lab.job(job)["Restarts"] == "1" and started.jobs == [job]
@@ -90,8 +98,7 @@ def test_usr1_twice_as_before_the_time_limit(run, locally, lab):
     for time_limit in range(1, 3):
         since = time.time()
         lab.run(["scancel", "--signal=USR1", started.jobs[0]])
-        started.wait(lambda n=time_limit: started.log().count("goes back into the queue") == n, 60, "the requeue")
-        done = int(re.findall(r"stopped by SIGUSR1 after step (\d+)", started.log())[-1])
+        done = stopped_after(started, "SIGUSR1", times=time_limit)
         started.wait(lambda n=time_limit: started.log().count("going on from step") == n, 300, "training to go on")
         measured = went_on(started, done, since)
         started.wait(lambda d=done: started.step() > d + 5, 100, "more steps")
