@@ -105,6 +105,32 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An architecture of a search, pruned and distilled for a while.
+
+    Losses are held-out cross-entropy, nats/token: `pruned_loss` before any training, `curve` has (step, training
+    tokens, loss) of every look on the way, ascending. `sizes` are its prunable sizes by name.
+    """
+
+    name: str
+    arch: ArchSpec
+    sizes: dict[str, int]
+    pruned_loss: float
+    curve: tuple[tuple[int, int, float], ...] = ()
+    seconds: float | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps it was trained for."""
+        return self.curve[-1][0] if self.curve else 0
+
+    @property
+    def loss(self) -> float:
+        """After these."""
+        return self.curve[-1][2] if self.curve else self.pruned_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The record of one finished stage.
 

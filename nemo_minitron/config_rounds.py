@@ -126,7 +126,18 @@ class SearchConfig:
     divisors: SpaceDivisorsConfig = field(default_factory=SpaceDivisorsConfig)
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     tokens: int = 0
-    """Tokens that every candidate is distilled on before they are ranked."""
+    """Tokens that every candidate is distilled on before they are ranked, rounded up to whole steps."""
+    warmup_steps: int | None = None
+    """Of that short distillation; null: that of `optim`, at most a fifth of its steps."""
+    looks: int = 8
+    """Looks at held-out data (of `train.eval_samples`) on the way, after each of which the candidates are ranked."""
+    rungs: int = 1
+    """Rungs of successive halving; 1: every candidate gets all tokens. Each rung has 1 / `keep` times the steps of the
+    one before, the last one all."""
+    keep: float = 0.5
+    """Fraction of the candidates that goes on to the next rung, at least one."""
+    compare: bool = False
+    """Also distil in full the candidate that was best right after pruning, where it is not the one chosen."""
     expected: TargetConfig = field(default_factory=TargetConfig)
     """The candidate that `minitron plan` goes on with, as far as it is known; null: the largest that is left."""
 

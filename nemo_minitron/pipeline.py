@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import time
@@ -22,10 +23,12 @@ from nemo_minitron.launch.processes import is_srun, placement
 from nemo_minitron.launch.requeue import requeue
 from nemo_minitron.launch.workers import Stopped, run_workers
 from nemo_minitron.report.published import check_published
+from nemo_minitron.search.recipe import candidates_of, expected_candidate
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.registry import STAGES, asked_stages, check_inputs, due_stages, wanted_stages
+from nemo_minitron.stages.rounds import round_contexts, search_optim, search_steps
 from nemo_minitron.stages.targets import check_depth, check_layer_metric, how_to_rank, resolved_target
 from nemo_minitron.stages.teaching import intermediate_terms, relation_heads, teacher_layout
 from nemo_minitron.training.budget import check_warmup, plan_phases
@@ -43,21 +46,28 @@ def run(config: Config, arguments: list[str]) -> None:
     check_recipe(context)
     with _lock(config.run_dir) as lock:
         _record(config, arguments)
-        asked = asked_stages(context)
-        due = [stage for stage in due_stages(context) if stage in asked]
-        check_inputs(context, due)
-        done = [stage for stage in asked if stage not in due]
-        if done:
-            print(f"already done: {', '.join(done)}", flush=True)
-        processes = context.layout.world_size if any(STAGES[stage].ranks for stage in due) else 0
-        if processes == 0 and (not due or not is_srun(config.cluster)):
-            execute(context, due)
-            return
-        try:
-            run_workers(config, due, processes=processes, command=context.command, lock=lock)
-        except Stopped:
-            requeue(config.cluster)
-            raise
+        for round_ in round_contexts(context):
+            _run_round(config, round_, lock)
+
+
+def _run_round(config: Config, context: Context, lock: int) -> None:
+    """Do what is missing of one round of the recipe `config`."""
+    asked = asked_stages(context)
+    due = [stage for stage in due_stages(context) if stage in asked]
+    check_inputs(context, due)
+    done = [stage for stage in asked if stage not in due]
+    if done:
+        where = f" in {context.part}" if config.rounds else ""
+        print(f"already done{where}: {', '.join(done)}", flush=True)
+    processes = context.layout.world_size if any(STAGES[stage].ranks for stage in due) else 0
+    if processes == 0 and (not due or not is_srun(config.cluster)):
+        execute(context, due)
+        return
+    try:
+        run_workers(config, due, processes=processes, command=context.command, lock=lock, round_name=context.part)
+    except Stopped:
+        requeue(config.cluster)
+        raise
 
 
 def check_recipe(context: Context) -> None:
@@ -69,18 +79,9 @@ def check_recipe(context: Context) -> None:
     config, layout = context.config, context.layout
     if is_srun(config.cluster):
         placement(config.cluster, layout.world_size)
-    if config.rounds:
-        raise ConfigError("several rounds are planned, not run yet", key="rounds", found=f"{len(config.rounds)} rounds",
-                          expected="an empty list (minitron plan says what they would cost)")
-    if config.search.is_set():
-        raise ConfigError("a search is planned, not run yet", key="search", found="a search space",
-                          expected="search=none (minitron plan counts the candidates)")
-    for stage, tokens, parts, optim in (
-            ("correct", config.correct.tokens, [], config.correct.optim(config.optim)),
-            ("distill", config.distill.tokens, config.distill.phases, config.optim)):
-        phases = plan_phases(tokens, parts, config.train, seq_length=config.data.seq_length, dp=layout.dp)
-        if stage in wanted_stages(context):
-            check_warmup(optim.warmup_steps, sum(phase.steps for phase in phases))
+    if config.rounds and config.cluster.jobs:
+        raise ConfigError("rounds are not run as a chain of jobs", expected="an empty list, one job for all rounds",
+                          found=f"{len(config.cluster.jobs)} jobs", key="cluster.jobs")
     if "initialize" in config.stages:
         arch = initial_arch(config.model)
     else:
@@ -98,16 +99,58 @@ def check_recipe(context: Context) -> None:
         check_depth(arch, config.importance.depth)
     context.check_seq_length(arch)
     layout.check(arch, name="teacher", seq_length=config.data.seq_length)
-    if "prune" in wanted_stages(context):
-        if config.prune.student is not None:
-            target = read_checkpoint(Path(config.prune.student)).arch
-        else:
-            target = resolved_target(arch, config.prune)
-            check_layer_metric(arch, target, config.prune, config.importance.depth)
-        how_to_rank(config.importance)
+    made = {"teacher": arch}
+    for round_ in round_contexts(context):
+        source = "teacher" if round_.source is None else round_.source.parent.parent.name
+        made[round_.part] = _check_round(round_, made[source], arch if round_.own_teacher is None else made[source])
+
+
+def _check_round(context: Context, source: ArchSpec, teacher: ArchSpec) -> ArchSpec:
+    """Find what is wrong with a round; returns its student's architecture (of a search, the one that is expected)."""
+    config, layout, wanted = context.config, context.layout, wanted_stages(context)
+    for stage, tokens, parts, optim in (
+            ("correct", config.correct.tokens, [], config.correct.optim(config.optim)),
+            ("distill", config.distill.tokens, config.distill.phases, config.optim)):
+        phases = plan_phases(tokens, parts, config.train, seq_length=config.data.seq_length, dp=layout.dp)
+        if stage in wanted:
+            check_warmup(optim.warmup_steps, sum(phase.steps for phase in phases))
+    if "prune" not in wanted:
+        return source
+    how_to_rank(config.importance)
+    if config.prune.student is not None:
+        targets = [read_checkpoint(Path(config.prune.student)).arch]
+    else:
+        targets = _candidates(context, source) if config.search.is_set() else [resolved_target(source, config.prune)]
+        for target in targets:
+            check_layer_metric(source, target, config.prune, config.importance.depth)
+    for target in targets:
         layout.check(target, name="target", seq_length=config.data.seq_length)
-        if "distill" in wanted_stages(context):
-            _check_teaching(context, arch, target)
+        if "distill" in wanted:
+            _check_teaching(context, teacher, target)
+    return targets[0]
+
+
+def _candidates(context: Context, source: ArchSpec) -> list[ArchSpec]:
+    """The candidates of a round's search, the one that is expected first."""
+    config, search = context.config, context.config.search
+    if search.tokens < 1 or search.looks < 1 or search.rungs < 1 or not 0 < search.keep <= 1:
+        raise ConfigError("bad search", expected="tokens, looks and rungs of 1 or more, keep above 0 and at most 1",
+                          found=f"{search.tokens}, {search.looks}, {search.rungs}, {search.keep}", key="search")
+    for unfit, key, found in ((config.importance.iterations > 1, "importance.iterations", config.importance.iterations),
+                              (config.distill.cached, "distill.cached", True),
+                              (config.prune.student is not None, "prune.student", config.prune.student)):
+        if unfit:
+            raise ConfigError("this does not go with a search, whose candidates share the scores and the live teacher",
+                              expected="its default", found=str(found), key=key)
+    target, ratio, budget = (dataclasses.asdict(node) for node in (config.prune.target, config.prune.ratio,
+                                                                     config.prune.budget))
+    given = [value for node in (target, ratio, budget) for value in node.values() if value is not None]
+    if given or config.prune.layers.drop is not None:
+        raise ConfigError("a target beside a search", expected="one of them", found="both", key="search and prune")
+    check_warmup(search_optim(config).warmup_steps, search_steps(config))
+    found_ = candidates_of(source, search)
+    first = expected_candidate(found_, search)
+    return [first, *(arch for arch in found_.candidates if arch != first)]
 
 
 def _check_teaching(context: Context, teacher: ArchSpec, student: ArchSpec) -> None:
@@ -121,6 +164,9 @@ def _check_teaching(context: Context, teacher: ArchSpec, student: ArchSpec) -> N
     if distill.cached and own != layout:
         raise ConfigError("a teacher on disk has no layout", expected="null", found=f"tp={own.tp} pp={own.pp}",
                           key="distill.teacher.tp or distill.teacher.pp")
+    if distill.intermediate.terms and context.source is not None and context.own_teacher is None:
+        raise ConfigError("intermediate losses need the model that the student was cut from", key="rounds[].teacher",
+                          expected="source, or no distill.intermediate.terms", found="original")
     terms = intermediate_terms(distill, teacher, student)
     relation_heads(distill, terms, teacher, student, layout.tp)
 

@@ -96,10 +96,11 @@ def _run(job: dict[str, Any], rank: int) -> None:
     from nemo_minitron.parallel import groups
     from nemo_minitron.stages.context import Context
     from nemo_minitron.stages.execute import execute
+    from nemo_minitron.stages.rounds import round_context
 
     config = config_from_dict(job["config"])
     if job["processes"] == 0:  # stages that one process does alone
-        execute(Context(config=config, command=job["command"]), job["stages"])
+        execute(round_context(Context(config=config, command=job["command"]), job["round"]), job["stages"])
         return
     layout = Context(config=config).layout
     groups.start(layout, timeout_s=config.parallel.timeout_s)
@@ -112,8 +113,9 @@ def _run(job: dict[str, Any], rank: int) -> None:
         dist.broadcast_object_list(box, src=0, group=patient, device=torch.device("cpu"))
         return box[0]
 
-    execute(Context(config=config, rank=rank, share=share, command=job["command"],
-                    barrier=lambda: dist.barrier(group=patient)), job["stages"])
+    context = Context(config=config, rank=rank, share=share, command=job["command"],
+                      barrier=lambda: dist.barrier(group=patient))
+    execute(round_context(context, job["round"]), job["stages"])
     groups.stop()
 
 

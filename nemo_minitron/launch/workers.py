@@ -34,8 +34,9 @@ class Stopped(WorkerError):
     """The ranks ended because a signal told them to; the same command goes on."""
 
 
-def run_workers(config: Config, stages: list[str], *, processes: int, command: str, lock: int) -> None:
-    """Start one process a rank and wait; all `stages` run in the same processes.
+def run_workers(config: Config, stages: list[str], *, processes: int, command: str, lock: int,
+                round_name: str) -> None:
+    """Start one process a rank and wait; all `stages` of the round run in the same processes.
 
     One process without a process group where `processes` is 0.
 
@@ -50,8 +51,9 @@ def run_workers(config: Config, stages: list[str], *, processes: int, command: s
     for old in (*job_dir.glob("error_*.json"), job_dir / "stopped.json"):
         old.unlink(missing_ok=True)
     token = uuid.uuid4().hex
-    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages, "command": command, "token": token,
-                                      "processes": processes, "slurm_job": os.environ.get("SLURM_JOB_ID")})
+    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages, "round": round_name,
+                                      "command": command, "token": token, "processes": processes,
+                                      "slurm_job": os.environ.get("SLURM_JOB_ID")})
     if is_srun(config.cluster):
         place = placement(config.cluster, processes) if processes else Placement(nodes=1, per_node=1)
         start = srun_command(config.cluster, place, [str(job_dir)], output_dir=Path(config.output_dir))

@@ -57,12 +57,16 @@ def run_status(run_dir: Path, *, now: float) -> dict[str, Any]:
     job = _job(run_dir)
     running = job is not None and _held(run_dir / ".lock")
     wanted = [*config["stages"], *config.get("controls", [])]
-    due = job["stages"] if job is not None else []
-    stages = [_stage(run_dir / ROUND / name, name, running=running and name in due) for name in wanted]
+    rounds = [str(round_["name"]) for round_ in config.get("rounds") or []]
+    current = job.get("round", ROUND) if job is not None else ROUND
+    due = [f"{current}/{name}" if rounds else name for name in (job["stages"] if job is not None else [])]
+    stages = [_stage(run_dir / part / name, shown_name, running=running and shown_name in due)
+              for part in rounds or [ROUND] for name in wanted for shown_name in [f"{part}/{name}" if rounds else name]
+              if not (part in rounds[1:] and name in ("initialize", "correct"))]
     if running and not any(stage.state == "running" for stage in stages):  # between two stages
         stages = [dataclasses.replace(stage, state="running") if stage.name == _next(stages, due) else stage
                   for stage in stages]
-    last_sign = max((path.stat().st_mtime for path in (run_dir / ROUND).rglob("*") if path.is_file()), default=None)
+    last_sign = max((path.stat().st_mtime for path in run_dir.rglob("*") if path.is_file()), default=None)
     return {"run": str(run_dir), "state": _state(stages, running), "stages": [vars(stage) for stage in stages],
             "jobs": read_json(run_dir / "jobs.json") if (run_dir / "jobs.json").exists() else [],
             "slurm_job": job.get("slurm_job") if running and job is not None else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ from nemo_minitron.checkpoint.families import read_arch
 _STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch"}
 
 
-def summarize(*, name: str, round_name: str, teacher_path: Path, round_dir: Path,
-              manifests: Mapping[str, Manifest | None], evaluated: Mapping[str, Mapping[str, Any]],
-              published: Sequence[str] = ()) -> dict[str, Any]:
-    """Assemble the summary of a run of one round; what was not run is null, controls not run are absent.
+def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
+              manifests: Mapping[str, Manifest | None], evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Assemble the summary of one round; what was not run is null, controls not run are absent.
 
     recovery = (pruned - distilled) / (pruned - teacher); excess = distilled - teacher, nats/token;
     excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. Each model's `tasks` are its scores in
-    the recipe's tasks by name: all metrics, and under `metric` which of them to show. `published`: whose printed scores
-    to show beside them.
+    the recipe's tasks by name: all metrics, and under `metric` which of them to show.
     """
     models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
     for model, stage in _STAGES.items():
@@ -39,9 +37,26 @@ def summarize(*, name: str, round_name: str, teacher_path: Path, round_dir: Path
         entry["excess"] = loss["distilled"] - loss["teacher"]
         if "scratch" in loss:
             entry["excess_vs_scratch"] = _ratio(entry["excess"], loss["scratch"] - loss["teacher"])
-    teacher = evaluated["teacher"]
-    return {"name": name, "heldout_tokens": teacher["num_tokens"], "heldout_bytes": teacher["num_bytes"],
-            "rounds": [entry], **({"published": list(published)} if published else {})}
+    return entry
+
+
+def searched(ranking: Mapping[str, Any], distilled: Mapping[str, Any] | None,
+             compared: Manifest | None) -> dict[str, Any]:
+    """What a round's search found; `compared` has both losses after equal distillation, where that was run.
+
+    Losses of candidates are nats/token on `heldout_samples` samples, those of `compared` on all held-out tokens.
+    """
+    names = ("name", "pruned_loss", "loss", "step", "num_parameters", "num_non_embedding_parameters")
+    found: dict[str, Any] = {
+        "chosen": ranking["chosen"]["name"], "best_after_pruning": ranking["best_after_pruning"]["name"],
+        "safe_step": ranking["safe_step"], "heldout_samples": ranking["heldout_samples"],
+        "candidates": [{name: one[name] for name in names} for one in ranking["candidates"]], "compared": None}
+    if compared is not None:
+        own = None if distilled is None else distilled["loss"]
+        other = compared.result["loss"]
+        found["compared"] = {"chosen": own, "best_after_pruning": own if other is None else other,
+                             "same_candidate": other is None}
+    return found
 
 
 def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.parallel.layout import Layout
 
 ROUND = "round1"
-"""Name of the one round there is: results are in `outputs/NAME/round1/STAGE`."""
+"""Name of the round of a recipe that lists none: results are in `outputs/NAME/round1/STAGE`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,11 @@ class Context:
     `rank` is the global rank, 0 outside of a worker. `share` gives every rank what rank 0 passes to it, and
     `barrier` waits for all ranks, as long as rank 0 may work alone; both do nothing where one process runs.
     `command` is what the user typed.
+
+    `part` is the folder under `outputs/NAME` that stages are in: a round's, or a candidate's within a search; those in
+    `elsewhere` are in another. `source` is the model that is scored and pruned, `own_teacher` the one that is distilled
+    from (None: the recipe's teacher). `round_names` are all rounds of the run. A training stage goes no further than
+    `pause_step`, where there is one, and is not finished then.
     """
 
     config: Config
@@ -32,11 +37,17 @@ class Context:
     share: Callable[[Any], Any] = lambda value: value
     barrier: Callable[[], None] = lambda: None
     command: str = ""
+    part: str = ROUND
+    elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: Path | None = None
+    own_teacher: Path | None = None
+    round_names: tuple[str, ...] = (ROUND,)
+    pause_step: int | None = None
 
     @property
     def round_dir(self) -> Path:
-        """`outputs/NAME/round1`."""
-        return self.config.run_dir / ROUND
+        """`outputs/NAME/round1`, or another part of the run."""
+        return self.config.run_dir / self.part
 
     @property
     def data_dir(self) -> Path:
@@ -52,14 +63,26 @@ class Context:
 
     def stage_dir(self, stage: str) -> Path:
         """Directory of a stage."""
-        return self.round_dir / stage
+        return self.config.run_dir / self.elsewhere.get(stage, self.part) / stage
 
     def manifest(self, stage: str) -> Manifest | None:
         """The record of a finished stage, or None."""
         return Manifest.read(self.stage_dir(stage))
 
     def teacher_path(self) -> Path:
-        """The teacher's directory: what the recipe trains or makes, else `teacher.path`.
+        """The directory of the model whose logits are distilled: an earlier round's, or the recipe's teacher.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        return self.original_path() if self.own_teacher is None else self.own_teacher
+
+    def source_path(self) -> Path:
+        """The directory of the model that is scored and pruned: an earlier round's student, or the recipe's teacher."""
+        return self.original_path() if self.source is None else self.source
+
+    def original_path(self) -> Path:
+        """The recipe's teacher: what it trains or makes, else `teacher.path`.
 
         Raises:
             ConfigError: neither is there.
@@ -89,8 +112,12 @@ class Context:
         return found
 
     def teacher(self) -> Checkpoint:
-        """The model that is scored, pruned and distilled; every rank of the stage must call this."""
+        """The model whose logits are distilled; every rank of the stage must call this."""
         return self.read(self.teacher_path())
+
+    def source_model(self) -> Checkpoint:
+        """The model that is scored and pruned; every rank of the stage must call this."""
+        return self.read(self.source_path())
 
     def student(self) -> Checkpoint:
         """The pruned model; every rank of the stage must call this."""

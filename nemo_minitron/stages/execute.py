@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -10,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest, read_json, write_json
-from nemo_minitron.stages.context import Context
+from nemo_minitron.stages.context import ROUND, Context
 from nemo_minitron.stages.registry import STAGES, fingerprint, input_digests, stage_config
 
 _PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "torch", "lightning", "transformers", "numpy", "sympy")
@@ -21,18 +22,34 @@ def execute(context: Context, stages: list[str]) -> None:
     for name in stages:
         started = time.time()
         if context.rank == 0:
-            print(f"== {name}", flush=True)
+            print(f"== {name if context.part == ROUND else f'{context.part}/{name}'}", flush=True)
             _enter(context, name)
         context.barrier()
         result: dict[str, Any] = {}
         if STAGES[name].ranks:
             result = STAGES[name].load()(context)
         elif context.rank == 0:
-            result = STAGES[name].load()(Context(config=context.config, command=context.command))
+            result = STAGES[name].load()(dataclasses.replace(context, share=_alone, barrier=_nobody))
         context.barrier()
-        if context.rank == 0:
+        if context.rank == 0 and not result.get("paused"):
             _finish(context, name, result, started)
         context.barrier()
+
+
+def _alone(value: Any) -> Any:
+    return value
+
+
+def _nobody() -> None:
+    """Nothing to wait for."""
+
+
+def has_begun(context: Context, name: str) -> bool:
+    """Whether what lies in the stage's directory belongs to today's inputs and configuration, finished or not."""
+    inputs = input_digests(context, name)
+    marker = context.stage_dir(name) / "started.json"
+    known = read_json(marker).get("fingerprint") if marker.exists() else None
+    return inputs is not None and known == fingerprint(context, name, inputs)
 
 
 def _enter(context: Context, name: str) -> None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_minitron.artifacts import digest_files, digest_json
+from nemo_minitron.artifacts import Manifest, digest_files, digest_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
 from nemo_minitron.data.source import resolve_kind, source_digest
 from nemo_minitron.errors import ConfigError
@@ -21,7 +21,9 @@ from nemo_minitron.importance.scores import scores_digest
 from nemo_minitron.stages.context import Context
 
 TEACHER = "teacher"
-"""Stands for the teacher's weights among a stage's inputs."""
+"""Stands for the weights that are distilled from among a stage's inputs."""
+SOURCE = "source"
+"""And this for the weights that are scored and pruned."""
 
 
 class StageFunction(Protocol):
@@ -35,8 +37,8 @@ class StageFunction(Protocol):
 class Stage:
     """One stage.
 
-    `inputs` are stages (or TEACHER) whose results it reads; optional ones count where they are current. `config` are
-    the nodes of the recipe its result depends on. `ranks` says whether every rank runs it, or rank 0 alone.
+    `inputs` are stages (or TEACHER or SOURCE) whose results it reads; optional ones count where they are current.
+    `config` are the nodes of the recipe its result depends on. `ranks`: every rank runs it, not rank 0 alone.
     `keeps_files` spares its directory when the inputs change. `products` are files of the run that it makes.
     """
 
@@ -60,18 +62,22 @@ _TRAINING = ("data", "optim", "train", "seed")
 STAGES: dict[str, Stage] = {
     "initialize": Stage(function="initialize:run", config=("model", "data", "seed"), ranks=False),
     "correct": Stage(function="correct:run", inputs=("start",), config=(*_TRAINING, "correct")),
-    "score": Stage(function="score:run", inputs=(TEACHER,), config=("importance", "data", "seed")),
-    "prune": Stage(function="prune:run", inputs=(TEACHER, "score"), config=("prune", "importance"), ranks=False),
+    "score": Stage(function="score:run", inputs=(SOURCE,), config=("importance", "data", "seed")),
+    "search": Stage(function="search:run", inputs=(TEACHER, SOURCE, "score"), keeps_files=True,
+                    config=(*_TRAINING, "distill", "prune", "importance", "search")),
+    "prune": Stage(function="prune:run", inputs=(SOURCE, "score"), config=("prune", "importance"), ranks=False),
     "cache_teacher": Stage(function="cache_teacher:run", inputs=(TEACHER,), config=(*_TRAINING, "distill")),
     "generate": Stage(function="generate:run", inputs=(TEACHER,), config=("generate", "seed")),
     "distill": Stage(function="distill:run", inputs=(TEACHER, "prune"), config=(*_TRAINING, "distill")),
     "ce": Stage(function="controls:run_ce", inputs=("prune",), config=(*_TRAINING, "distill")),
     "scratch": Stage(function="controls:run_scratch", inputs=("prune",), config=(*_TRAINING, "distill")),
+    "compare": Stage(function="compare:run", inputs=(TEACHER, SOURCE, "score", "search"), keeps_files=True,
+                     config=(*_TRAINING, "distill", "prune", "importance")),
     "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data", "evaluate"), keeps_files=True,
                       optional_inputs=("prune", "distill", "ce", "scratch")),
     "report": Stage(function="report:run", inputs=("evaluate",), config=("evaluate",), ranks=False, keeps_files=True,
                     products=("summary.json", "report.html"),
-                    optional_inputs=("score", "prune", "distill", "ce", "scratch", "correct")),
+                    optional_inputs=("score", "search", "prune", "distill", "ce", "scratch", "compare", "correct")),
 }
 """In the order in which they run."""
 
@@ -87,7 +93,10 @@ def wanted_stages(context: Context) -> list[str]:
     wanted = {*context.config.stages, *context.config.controls}
     if context.config.prune.scores is not None or context.config.prune.student is not None:
         wanted.discard("score")
-    return [stage for stage in STAGES if stage in wanted]
+    if context.config.search.is_set():
+        wanted |= {"search"} if "prune" in wanted else set()
+        wanted |= {"compare"} if "distill" in wanted and context.config.search.compare else set()
+    return [stage for stage in STAGES if stage in wanted and stage not in context.elsewhere]
 
 
 def asked_stages(context: Context) -> list[str]:
@@ -117,6 +126,14 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         part["importance"] = _what_is_collected(part["importance"])
         if context.config.importance.iterations > 1:
             part |= {"ranking": _how_it_is_ranked(context), "prune": context.config_part("prune")["prune"]}
+    if stage in ("search", "compare"):
+        part["importance"] = _how_it_is_ranked(context)
+        part["prune"].pop("scores")
+        part["distill"].pop("cache")
+        part["distill"]["teacher"] = {"precision": part["distill"]["teacher"]["precision"]}
+    if stage == "search":
+        part["distill"] = {key: value for key, value in part["distill"].items() if key not in ("tokens", "phases")}
+        part["search"] = {key: value for key, value in part["search"].items() if key not in ("expected", "compare")}
     if stage == "prune":
         part["importance"] = _how_it_is_ranked(context)
         part["prune"].pop("scores")
@@ -173,12 +190,19 @@ def _how_it_is_ranked(context: Context) -> dict[str, Any]:
     return {key: importance[key] for key in ("method", "batch", "sequence", "norms", "ranking", "iterations")}
 
 
+def needed_inputs(context: Context, stage: str) -> tuple[str, ...]:
+    """The inputs that must be there; of `prune` also what a search chose, where the recipe has one."""
+    searched = ("search",) if stage == "prune" and context.config.search.is_set() else ()
+    return (*STAGES[stage].inputs, *searched)
+
+
 def input_digests(context: Context, stage: str) -> dict[str, str] | None:
     """Digest of every input by name, or None where one is not there yet."""
     digests: dict[str, str] = {}
-    for name in (*STAGES[stage].inputs, *STAGES[stage].optional_inputs):
+    needed = needed_inputs(context, stage)
+    for name in (*needed, *STAGES[stage].optional_inputs):
         digest: str | None
-        if name in (TEACHER, "start"):
+        if name in (TEACHER, SOURCE, "start"):
             digest = _model_digest(context, name)
         elif name == "score" and context.config.prune.student is not None:
             digest = outside_digest(Path(context.config.prune.student))
@@ -189,7 +213,7 @@ def input_digests(context: Context, stage: str) -> dict[str, str] | None:
             manifest = None if stale else context.manifest(name)
             digest = None if manifest is None else digest_json([manifest.fingerprint, manifest.result])
         if digest is None:
-            if name in STAGES[stage].inputs:
+            if name in needed:
                 return None
             continue
         digests[name] = digest
@@ -219,15 +243,15 @@ def _stage_inputs(context: Context, stage: str) -> list[str]:
     """The inputs that are stages of this run: not scores that come from elsewhere."""
     prune = context.config.prune
     elsewhere = {"score"} if prune.scores is not None or prune.student is not None else set()
-    return [name for name in STAGES[stage].inputs if name in STAGES and name not in elsewhere]
+    return [name for name in needed_inputs(context, stage) if name in STAGES and name not in elsewhere]
 
 
 def due_stages(context: Context) -> list[str]:
     """Which of the wanted stages have to run: those not done, and those that read a result that will be made anew."""
     due: list[str] = []
     for stage in wanted_stages(context):
-        sources = [*STAGES[stage].inputs, *STAGES[stage].optional_inputs]
-        if TEACHER in sources or "start" in sources:
+        sources = [*needed_inputs(context, stage), *STAGES[stage].optional_inputs]
+        if {TEACHER, SOURCE, "start"} & set(sources):
             sources += ["initialize"] if "start" in sources else ["correct", "initialize"]
         if any(source in due for source in sources) or not is_done(context, stage):
             due.append(stage)
@@ -244,10 +268,10 @@ def check_inputs(context: Context, due: list[str]) -> None:
 
 
 def _model_digest(context: Context, name: str) -> str | None:
-    path = context.teacher_path() if name == TEACHER else context.start_path()
-    made_here = path.is_relative_to(context.round_dir)
-    if made_here:
-        manifest = context.manifest(path.parent.name)
+    paths = {TEACHER: context.teacher_path, SOURCE: context.source_path, "start": context.start_path}
+    path = paths[name]()
+    if path.is_relative_to(context.config.run_dir):  # a stage of this run made it
+        manifest = Manifest.read(path.parent)
         return None if manifest is None else str(manifest.result["weights_digest"])
     return outside_digest(path)
 

@@ -31,7 +31,7 @@ from nemo_minitron.stages.targets import how_to_rank, resolved_target
 def run(context: Context) -> dict[str, Any]:
     """Write `scores.safetensors` and `scores.json`; every rank takes part."""
     config = context.config
-    teacher = context.teacher()
+    teacher = context.source_model()
     if config.importance.method != "activations":
         return _without_data(context, teacher)
     prepared = prepared_data(context, teacher.path, teacher.arch)

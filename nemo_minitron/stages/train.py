@@ -62,8 +62,11 @@ def train_stage(context: Context, stage: str, module: TrainingModule, *, start: 
     trained = fit(
         module, samples, label=stage, directory=directory, phases=planned, layout=layout, train=config.train,
         optim=optim or config.optim, seed=config.seed, distributed_optimizer=config.parallel.distributed_optimizer,
-        measure=measure, keep=write, callbacks=callbacks,
+        measure=measure, keep=write, callbacks=callbacks, pause_step=context.pause_step,
     )
+    if trained.steps == context.pause_step and trained.steps < sum(phase.steps for phase in planned):
+        context.barrier()
+        return {"paused": trained.steps}
     best = context.share(trained.best_folder is not None and trained.best_folder.is_dir())
     if best:
         assert trained.best_folder is not None

@@ -33,7 +33,7 @@ class StopEarly(pl.Callback):
             spent = bool(decision)
         if spent and trainer.global_step < trainer.max_steps:
             if trainer.is_global_zero:
-                print(f"[{self.meters.label}] stopping at step {trainer.global_step}: train.stop", flush=True)
+                print(f"[{self.meters.label}] stopping at step {trainer.global_step}", flush=True)
             trainer.should_stop = True
 
 

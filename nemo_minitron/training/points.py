@@ -24,8 +24,9 @@ class ResumePoints(pl.Callback):
     and that is written after every rank is done.
     """
 
-    def __init__(self, directory: Path, *, every_steps: int, label: str) -> None:
-        """Use `directory`, which is the stage's own; `label` names the stage."""
+    def __init__(self, directory: Path, *, every_steps: int, label: str, pause_step: int | None = None) -> None:
+        """Use `directory`, which is the stage's own; `label` names the stage. Also save after `pause_step`."""
+        self.pause_step = pause_step
         self.directory = directory
         self.every_steps = every_steps
         self.label = label
@@ -47,6 +48,9 @@ class ResumePoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save when it is time; not at the last step, whose result the stage itself writes."""
         step = trainer.global_step
+        if step == self.pause_step and step < trainer.max_steps:
+            self._save(trainer, step)
+            return
         if is_last_step(trainer):
             return
         stop = self._stop_signal()

@@ -68,6 +68,7 @@ def fit(
     measure: Callable[[TrainingModule], dict[str, float]],
     keep: Callable[[TrainingModule, Path], None] | None = None,
     callbacks: Sequence[Callback] = (),
+    pause_step: int | None = None,
 ) -> Trained:
     """Train `module` through `phases`, going on from the newest resume point in `directory`.
 
@@ -87,6 +88,7 @@ def fit(
         measure: held-out means by name; `ce` in nats/token decides which weights are best.
         keep: writes the weights to a folder; used with `train.keep_best`.
         callbacks: come right after the meters.
+        pause_step: end after this step, with a resume point; the learning rate goes on as if for all steps.
 
     Raises:
         ConfigError: batch sizes that do not divide, or a warm-up longer than the run.
@@ -101,7 +103,9 @@ def fit(
                     peak_tflops=peak_tflops(train.precision, train.peak_tflops))
     held_out = HeldOut(meters, every_steps=train.eval_every_steps, measure=measure, directory=directory,
                        keep_best=keep if train.keep_best else None)
-    points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps, label=label)
+    points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps, label=label,
+                          pause_step=pause_step)
+    stop = train.stop if pause_step is None else dataclasses.replace(train.stop, steps=pause_step)
     finite = FiniteGradients(directory, action=train.not_finite, label=label)
     trainer = nl.Trainer(
         accelerator="gpu" if cuda_is_available() else "cpu",
@@ -118,7 +122,7 @@ def fit(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
-        callbacks=[finite, Profiler(train.profile, directory / "profile"), meters, StopEarly(train.stop, meters),
+        callbacks=[finite, Profiler(train.profile, directory / "profile"), meters, StopEarly(stop, meters),
                    *callbacks, held_out, points],
     )
     resume = point_to_go_on_from(directory / "resume", label=label)

@@ -1,0 +1,91 @@
+"""A search and rounds on the tiny teacher: killed in between, they go on, and end with the same losses."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.e2e.command import run_well, start, summary
+
+SEARCH = {
+    "prune__target__hidden_size": None, "prune__target__ffn_hidden_size": None, "search__hidden_size": "[24,16]",
+    "search__ffn_hidden_size": "[64,40]", "search__divisors__hidden_size": 8, "search__divisors__ffn_hidden_size": 8,
+    "search__tokens": 1024, "search__looks": 4, "search__warmup_steps": 1, "search__compare": True,
+    "search__rungs": 2, "distill__tokens": 1280, "optim__warmup_steps": 2, "train__checkpoint_every_steps": 3,
+}
+ROUNDS = ("rounds=[{name:half,target:{ffn_hidden_size:40},distill:{tokens:640}},"
+          "{name:quarter,source:half,target:{hidden_size:24},distill:{tokens:640,lr:0.001}}]")
+
+
+def losses(run_dir):
+    """Every loss of the summary, and those of the candidates."""
+    return [(entry["name"], entry["pruned"]["loss"], entry["distilled"]["loss"], entry.get("search"))
+            for entry in summary(run_dir)["rounds"]]
+
+
+def kill_when(arguments, directory, condition):
+    """Start the command and kill it, with all that it started, once `condition` holds."""
+    process = start(arguments, directory)
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_search_goes_on_where_it_was(inputs, tmp_path):
+    arguments = inputs.arguments(tmp_path / "outputs", **SEARCH)
+    run_well(arguments, tmp_path)
+    run_dir = tmp_path / "outputs" / "tiny"
+    expected = losses(run_dir)
+    ranking = json.loads((run_dir / "round1/search/ranking.json").read_text())
+    assert [len(rung["candidates"]) for rung in ranking["rungs"]] == [4, 2]
+    assert [one["step"] for one in ranking["candidates"]] == [8, 8, 4, 4]
+    assert len({(run_dir / f"round1/search/{one['name']}/prune/plan.json").read_text()
+                for one in ranking["candidates"]}) == 4
+    digests = {json.loads((run_dir / f"round1/search/{one['name']}/prune/plan.json").read_text())["scores_digest"]
+               for one in ranking["candidates"]}
+    assert len(digests) == 1, "pruned from the same scores"
+    chosen = ranking["chosen"]["sizes"]
+    pruned = json.loads((run_dir / "round1/prune/manifest.json").read_text())["result"]["arch"]
+    assert {name: pruned[name] for name in chosen} == chosen
+    for stage in ("search", "prune", "distill", "compare", "evaluate", "report"):
+        shutil.rmtree(run_dir / "round1" / stage)
+    second = ranking["rungs"][0]["candidates"][1]
+    third = run_dir / "round1" / "search" / ranking["rungs"][1]["candidates"][0] / "distill" / "manifest.json"
+    kill_when(arguments, tmp_path, lambda: (run_dir / "round1/search" / second / "distill/metrics.jsonl").exists())
+    kill_when(arguments, tmp_path, third.exists)
+    again = run_well(arguments, tmp_path)
+    assert "already done: score" in again.stdout
+    assert f"search/{second}/prune" not in again.stdout
+    assert losses(run_dir) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rounds_go_on_with_the_first_unfinished_stage(inputs, tmp_path):
+    changes = dict.fromkeys(("prune__target__hidden_size", "prune__target__ffn_hidden_size"))
+    arguments = [*inputs.arguments(tmp_path / "outputs", **changes, optim__warmup_steps=2), ROUNDS]
+    run_well(arguments, tmp_path)
+    run_dir = tmp_path / "outputs" / "tiny"
+    expected = losses(run_dir)
+    assert [entry[0] for entry in expected] == ["half", "quarter"]
+    manifest = json.loads((run_dir / "quarter/prune/manifest.json").read_text())["result"]
+    assert (manifest["source_arch"]["ffn_hidden_size"], manifest["arch"]["hidden_size"]) == (40, 24)
+    teacher = {json.loads((run_dir / f"{name}/distill/manifest.json").read_text())["result"]["teacher_digest"]
+               for name in ("half", "quarter")}
+    assert len(teacher) == 1, "the original teacher in both rounds"
+    assert "Traceback" not in (page := (run_dir / "report.html").read_text()) and "quarter" in page
+    for stage in ("distill", "evaluate", "report"):
+        shutil.rmtree(run_dir / "quarter" / stage)
+    again = run_well(arguments, tmp_path)
+    assert "already done in half: score, prune, distill, evaluate, report" in again.stdout
+    assert "already done in quarter: score, prune\n" in again.stdout
+    assert losses(run_dir) == expected
