@@ -100,7 +100,8 @@ class Lab:
             (self.root / folder).mkdir(mode=0o755)
         (self.root / "munge/key").write_bytes(secrets.token_bytes(1024))
         (self.root / "munge/key").chmod(0o600)
-        write_conf(self.root, net=self.net, names=self.names, **self.sizes)
+        write_conf(self.root, net=self.net, names=self.names, powered_off=not self.daemons,
+                   **self.sizes)
         addresses = {"head": f"{self.net}.1", **{name: f"{self.net}.{11 + i}" for i, name in enumerate(self.names)}}
         (self.root / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
             f"{address} {name}\n" for name, address in addresses.items()))
