@@ -53,11 +53,15 @@ def wait_until(condition, seconds):
 def start_and_wait(inputs, directory, step, **changes):
     """Start the tiny recipe and wait until `distill` has passed `step`; returns the process and its tree."""
     process = start(inputs.arguments(directory / "outputs", **changes), directory)
-    deadline = time.monotonic() + 120
-    while steps_done(directory / "outputs" / "tiny") <= step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    deadline = time.monotonic() + 300
+    try:
+        while steps_done(directory / "outputs" / "tiny") <= step:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    except AssertionError:
+        process.kill()  # its ranks end with it
+        raise
     tree = descendants(process.pid)
     assert len(tree) >= 3, "the command, torchrun and a rank"
     return process, tree
