@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from nemo_minitron.compose import conf_dir, config_from_dict, load_config
 from nemo_minitron.config import Config
@@ -34,8 +35,16 @@ def test_every_file_composes(choice):
     if group == "experiment":
         assert config.name == name
     else:
-        assert getattr(config, group) == getattr(config_from_dict({group: yaml.safe_load(
-            (conf_dir() / f"{choice}.yaml").read_text())}), group)
+        assert getattr(config, group) == getattr(config_from_dict({group: written_values(group, name)}), group)
+
+
+def written_values(group, name):
+    """Of a file and, below it, of those that its defaults name."""
+    own = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text())
+    values = OmegaConf.create()
+    for below in own.pop("defaults", []):
+        values = OmegaConf.merge(values, written_values(group, below))
+    return OmegaConf.to_container(OmegaConf.merge(values, own))
 
 
 def test_overrides_win_over_the_experiment():
@@ -90,7 +99,7 @@ def test_rounds_have_targets_of_their_own(override):
 
 @pytest.mark.parametrize(("override", "named"), [
     ("plan.gpu=tpu", "plan.gpu"), ("search.tokens=-1", "search.tokens"),
-    ("experiment=nope", "demo, demo_teacher"), ("data=nope", "default, stories"), ("prune=3", "prune"),
+    ("experiment=nope", "demo, demo_rounds"), ("data=nope", "default, stories"), ("prune=3", "prune"),
     ("tokens=3", "'tokens'"), ("distill.token=3", "distill.token"), ("+distill.token=3", "distill.token"),
     ("distill.tokens=few", "distill.tokens"), ("distill.tokens=-1", "distill.tokens"), ("optim.lr=nan", "optim.lr"),
     ("optim.warmup_steps=-1", "optim.warmup_steps"), ("parallel.tp=0", "parallel.tp"), ("data.kind=xml", "data.kind"),

@@ -93,15 +93,6 @@ def test_a_recipe_that_does_not_fit(changes, error, key, recipe):
         pipeline.check_recipe(Context(config=recipe(**changes)))
 
 
-@pytest.mark.parametrize(("changes", "key"), [
-    ({"rounds": [{"name": "a", "target": {"num_layers": 1}}], "prune": {"target": {}}}, "rounds"),
-    ({"search": {"num_layers": [1, 2]}}, "search"),
-])
-def test_what_is_planned_and_not_run_is_refused(changes, key, recipe):
-    with pytest.raises(ConfigError, match=rf"planned, not run yet.*\(change {key}\)"):
-        pipeline.check_recipe(Context(config=recipe(**changes)))
-
-
 def test_a_correction_has_a_warm_up_of_its_own(recipe):
     pipeline.check_recipe(Context(config=recipe(stages=["correct"], optim={"warmup_steps": 10**9},
                                                 correct={"warmup_steps": 3})))
