@@ -43,6 +43,8 @@ def written_values(group, name):
     own = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text())
     values = OmegaConf.create()
     for below in own.pop("defaults", []):
+        if below == "_self_":
+            continue
         values = OmegaConf.merge(values, written_values(group, below))
     return OmegaConf.to_container(OmegaConf.merge(values, own))
 
