@@ -29,6 +29,11 @@ RECIPES = {
     "chain_32x8": [*TEACHER, *SUPERPOD, CHAIN],
     "container_32x8": [*TEACHER, *SUPERPOD, "cluster.container=/lustre/images/nemo_minitron.sqsh",
                        "cluster.mounts=[/lustre/models:/lustre/models:ro,/lustre/data:/lustre/data:ro]"],
+    **{f"{name}_{nodes}x8": [f"experiment={name}", "teacher.path=/lustre/models/teacher", "data.path=/lustre/data/web",
+                             "output_dir=/lustre/out", "cluster=dgx_h100_superpod", "cluster.account=llm",
+                             f"cluster.nodes={nodes}"]
+       for name, nodes in (("llama31_minitron_4b_width", 32), ("llama31_minitron_4b_depth", 32),
+                           ("mistral_nemo_minitron_8b", 32), ("nemotron4_minitron", 16))},  # 128 ranks in the paper
     "demo_lab": ["experiment=demo", "cluster=small_lab", "parallel.tp=2", "parallel.dp=2", "controls=[ce]"],
 }
 

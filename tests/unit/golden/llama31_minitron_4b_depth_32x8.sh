@@ -1,0 +1,6 @@
+#!/bin/bash
+set -euo pipefail
+export MINITRON_PYTHON=/PYTHON
+mkdir -p /lustre/out/llama31_minitron_4b_depth/slurm
+job1=$(sbatch --parsable --job-name=llama31_minitron_4b_depth-899f72 --nodes=32 --ntasks-per-node=8 --account=llm --partition=batch --time=04:00:00 --cpus-per-task=14 --gpus-per-node=8 --signal=USR1@300 --requeue --dependency=singleton --kill-on-invalid-dep=yes --open-mode=append --output=/lustre/out/llama31_minitron_4b_depth/slurm/%j.log --chdir=/CWD --exclusive --mem=0 /ROOT/slurm/stage.sbatch experiment=llama31_minitron_4b_depth teacher.path=/lustre/models/teacher data.path=/lustre/data/web output_dir=/lustre/out cluster=dgx_h100_superpod cluster.account=llm cluster.nodes=32)
+echo $job1

@@ -1,0 +1,6 @@
+#!/bin/bash
+set -euo pipefail
+export MINITRON_PYTHON=/PYTHON
+mkdir -p /lustre/out/nemotron4_minitron/slurm
+job1=$(sbatch --parsable --job-name=nemotron4_minitron-ab6bf0 --nodes=16 --ntasks-per-node=8 --account=llm --partition=batch --time=04:00:00 --cpus-per-task=14 --gpus-per-node=8 --signal=USR1@300 --requeue --dependency=singleton --kill-on-invalid-dep=yes --open-mode=append --output=/lustre/out/nemotron4_minitron/slurm/%j.log --chdir=/CWD --exclusive --mem=0 /ROOT/slurm/stage.sbatch experiment=nemotron4_minitron teacher.path=/lustre/models/teacher data.path=/lustre/data/web output_dir=/lustre/out cluster=dgx_h100_superpod cluster.account=llm cluster.nodes=16)
+echo $job1
