@@ -3,7 +3,7 @@
     {"prompt": "def factorial(n):", ...}
     {"messages": [{"role": "system", "content": "..."}, {"role": "user", "content": "..."}], ...}
 
-Other fields are kept in the answers.
+Other fields are kept in the answers, which are chat data (data/conversations.py).
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def _check(row: Any, where: str) -> None:
                 or not isinstance(message.get("content"), str):
             raise DataError(f"wrong form in {where}", found=repr(message)[:60], key=KEY,
                             expected=f"messages with content and a role of {', '.join(_ROLES)}")
-    if messages[-1]["role"] == "assistant":
+    roles = [message["role"] for message in messages]
+    if "user" not in roles[: roles.index("assistant") if "assistant" in roles else None]:
+        raise DataError(f"wrong form in {where}", expected="a message of the user before the first answer",
+                        found=", ".join(roles), key=KEY)
+    if roles[-1] == "assistant":
         raise DataError(f"wrong form in {where}", expected="a chat that waits for an answer",
                         found="one that ends with the assistant's", key=KEY)
 
@@ -89,9 +93,9 @@ def encode_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> li
 def answered(row: dict[str, Any], answer: str, *, finished: bool) -> dict[str, Any]:
     """The row with the model's `answer`; `finished` is false where it was cut off at the most tokens allowed.
 
-    A chat also gets it as its next message.
+    `messages` is the chat with the answer as its last message, or a text and its answer as a chat of two messages: the
+    file is chat data as `data.kind=chat` reads it.
     """
-    made = {**row, "answer": answer, "finished": finished}
-    if "messages" in row:
-        made["messages"] = [*row["messages"], {"role": "assistant", "content": answer}]
-    return made
+    asked = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    return {**row, "answer": answer, "finished": finished,
+            "messages": [*asked, {"role": "assistant", "content": answer}]}
