@@ -107,6 +107,16 @@ def test_a_teacher_that_cannot_be_used(spoil, teacher, inputs, tmp_path):
     check_nothing_half_written(tmp_path / "outputs")
 
 
+def test_a_task_file_in_the_wrong_form(inputs, tmp_path):
+    task = tmp_path / "task.json"
+    good = {"context": "Two and two is", "continuation": [" three", " four"], "answer": 1}
+    task.write_text(json.dumps([good, {**good, "answer": 2}]))
+    tasks = f"[{{name: mine, path: {task}}}]"
+    finished = run(inputs.arguments(tmp_path / "outputs", evaluate__tasks=tasks), tmp_path)
+    check_refused(finished, f"row 2 of {task}", "an index from 0 to 1", "evaluate.tasks")
+    check_nothing_half_written(tmp_path / "outputs")
+
+
 MISTAKES = {
     "target too large": ({"prune.target.ffn_hidden_size": 65}, "prune.target.ffn_hidden_size"),
     "no target": ({"prune.target.ffn_hidden_size": None, "prune.target.hidden_size": None}, "prune.target"),
@@ -136,6 +146,7 @@ MISTAKES = {
     "accuracy without questions": ({"importance.depth.metrics": "[accuracy]"}, "importance.depth.task"),
     "a task file that is none": ({"importance.depth.metrics": "[accuracy]", "importance.depth.task": "nowhere.json"},
                                  "importance.depth.task"),
+    "a task to score that is none": ({"evaluate.tasks": "[{name: mine, path: nowhere.json}]"}, "evaluate.tasks"),
     "an unknown method": ({"importance.method": "luck"}, "importance.method"),
     "an unknown norm": ({"importance.norms": "[last]"}, "importance.norms"),
     "batch that does not divide": ({"train.global_batch_size": 5}, "train.global_batch_size"),

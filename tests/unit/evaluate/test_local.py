@@ -8,11 +8,12 @@ import pytest
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluate.local import read_local, task_files
 
-WINOGRANDE = {"instruction": "Please choose the correct answer to fill in the blank to complete the given sentence: Ann "
-                             "gave Bo a cake, so _ was glad.\n\nOption1: Ann Option2: Bo Answer format: option1/option2",
+WINOGRANDE = {"instruction": "Please choose the correct answer to fill in the blank to complete the given sentence: "
+                             "Ann gave Bo a cake, so _ was glad.\n\n"
+                             "Option1: Ann Option2: Bo Answer format: option1/option2",
               "input": "", "output": "the correct answer is option2", "answer": "option2"}
-ARC = {"instruction": "Please choose the correct answer to the question: What melts?\n\nAnswer1: warm ice Answer2: stone "
-                      "Answer3: air\n\nAnswer format: answer1/answer2/answer3",
+ARC = {"instruction": "Please choose the correct answer to the question: What melts?\n\nAnswer1: warm ice "
+                      "Answer2: stone Answer3: air\n\nAnswer format: answer1/answer2/answer3",
        "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
 QUESTION = {"context": "Two and two is", "continuation": [" three", " four"], "answer": 1}
 MMLU_HEAD = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
@@ -63,7 +64,7 @@ def test_anything_else_is_questions(tmp_path):
 @pytest.mark.parametrize(("first", "change", "found"), [
     (WINOGRANDE, {"answer": "option3"}, "option1 or option2 as the answer; found 1 of them, and 'option3'"),
     (WINOGRANDE, {"instruction": WINOGRANDE["instruction"].replace("_", "he")}, "one _ in the sentence.*0 of them"),
-    (WINOGRANDE, {"instruction": "Who?"}, "a sentence with Option1 and Option2; found 'Who?'"),
+    (WINOGRANDE, {"instruction": "Who?"}, "a sentence with Option1 and Option2; found 'Who\\?'"),
     (WINOGRANDE, {"instruction": None}, "a sentence with Option1 and Option2; found None"),
     (ARC, {"answer": "answer4"}, "an answer from answer1 to answer3; found 'answer4'"),
     (ARC, {"instruction": "What?"}, "a question with Answer1, Answer2"),

@@ -10,6 +10,7 @@ from nemo_minitron.evaluate.tasks import check_tasks, run_task, task_key
 from tests.unit.evaluate.test_local import ARC, QUESTION, WINOGRANDE, write_json, write_mmlu
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
+pytestmark = pytest.mark.timeout(300)  # the first test imports lm_eval and datasets
 
 
 class Live:
@@ -68,7 +69,7 @@ def test_local_winogrande_has_lm_evals_prompts_and_shots(tmp_path):
     live = Live()
     scores = run_task(live, TaskConfig(name="wino", num_fewshot=1, path=str(path)), EvaluateConfig(), seed=1)["wino"]
     texts = [bytes(option.tokens).decode() for option in live.asked]
-    cake, pie = ("Ann gave Bo a {}, so Bo was glad.".format(word) for word in ("cake", "pie"))
+    cake, pie = (f"Ann gave Bo a {word}, so Bo was glad." for word in ("cake", "pie"))
     assert f"{pie}\n\nAnn gave Bo a cake, so Ann was glad." in texts[0] + texts[1]
     assert f"{cake}\n\nAnn gave Bo a pie, so Bo was glad." in texts[2] + texts[3]
     assert scores["num_fewshot"] == 1 and set(scores["metrics"]) == {"acc"}
