@@ -17,7 +17,7 @@ from nemo_minitron.importance.aggregate import Ranking, importance
 from nemo_minitron.importance.scores import DEFAULT_AGGREGATION, Scores
 
 STAGES = ("initialize", "correct", "score", "search", "prune", "cache_teacher", "generate", "distill", "ce", "scratch",
-          "align", "evaluate", "report")
+          "align", "compare", "evaluate", "report")
 """In the order in which they run; other stage directories are not looked at."""
 
 TRAINED_STAGES = ("correct", "distill", "ce", "scratch")
@@ -83,6 +83,10 @@ class Round:
     histories: dict[str, History]
     manifests: dict[str, Manifest]
     tasks: dict[str, dict[str, TaskScore]] = dataclasses.field(default_factory=dict)
+    search: dict[str, Any] | None = None
+    """`ranking.json` of the stage `search`."""
+    compared: dict[str, Any] | None = None
+    """Losses of the chosen candidate and of the best right after pruning, where both were distilled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,9 +140,12 @@ def _round(name: str, entry: dict[str, Any], output_dir: Path, problems: list[st
                  if (manifest := _manifest(directory / stage, output_dir, problems)) is not None}
     histories = {stage: history for stage in TRAINED_STAGES
                  if (history := _history(directory / stage / "metrics.jsonl", output_dir, problems)) is not None}
+    ranking = _as_dict(_json(directory / "search" / "ranking.json", output_dir, problems)) or None
     plan = _plan(directory / "prune" / "plan.json", output_dir, problems)
     return Round(
         name=name, models=models, histories=histories, manifests=manifests, tasks=tasks,
+        search=ranking,
+        compared=_as_dict(_as_dict(entry.get("search")).get("compared")) or None,
         recovery=_number(entry.get("recovery")), excess=_number(entry.get("excess")),
         excess_vs_scratch=_number(entry.get("excess_vs_scratch")),
         plan=plan, importance=_importance(directory / "score", plan, manifests.get("prune"), output_dir, problems),

@@ -13,6 +13,7 @@ from pathlib import Path
 from nemo_minitron.report import figures, formats, tables
 from nemo_minitron.report.collect import Experiment, ModelFigures, Round, collect
 from nemo_minitron.report.markup import Html, join, tag
+from nemo_minitron.report.search import family_table, search_section
 from nemo_minitron.report.style import CSS
 from nemo_minitron.report.task_table import task_table
 
@@ -64,8 +65,9 @@ def render(experiment: Experiment) -> Html:
         tag("title", f"{experiment.name} \u2013 pruning report"),
         tag("style", Html(CSS)),
     )
-    body = tag("body", _header(experiment), tag("main", *[_round(experiment, index) for index in
-                                                          range(len(experiment.rounds))], _appendix(experiment)))
+    body = tag("body", _header(experiment), tag("main", _family(experiment), *[_round(experiment, index) for index in
+                                                                               range(len(experiment.rounds))],
+                                               _appendix(experiment)))
     return Html("<!doctype html>\n" + tag("html", head, body, lang="en") + "\n")
 
 
@@ -109,6 +111,13 @@ def _header(experiment: Experiment) -> Html:
     )
 
 
+def _family(experiment: Experiment) -> Html:
+    """All rounds in one table, where there are several."""
+    if len(experiment.rounds) < 2:
+        return Html("")
+    return tag("section", tag("h2", "Family"), family_table(experiment))
+
+
 def _round(experiment: Experiment, index: int) -> Html:
     round_ = experiment.rounds[index]
     several = len(experiment.rounds) > 1
@@ -121,6 +130,7 @@ def _round(experiment: Experiment, index: int) -> Html:
         figures.loss_ladder(round_) or "",
         tables.loss_table(round_, experiment) if round_.models else _missing("summary.json lists no loss yet."),
         *([tag("h3", "Tasks"), task_table(round_, experiment.published)] if round_.tasks else []),
+        *search_section(round_),
         tag("h3", "Architecture"),
         tables.architecture_table(round_.plan.source, round_.plan.target) if round_.plan
         else _missing("Not pruned yet: there is no plan."),

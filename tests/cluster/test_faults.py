@@ -81,6 +81,7 @@ def finish(run, locally, what, measured, again):
     return line
 
 
+@pytest.mark.slow
 def test_preemption_with_grace_time(run, locally, lab):
     started = run(cluster__partition="spot")
     job = started.jobs[0]

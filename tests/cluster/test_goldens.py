@@ -37,7 +37,8 @@ def only_asking(script: str, folder: Path) -> str:
 @pytest.mark.parametrize(("name", "sizes"), [("one_job_32x8", [32]), ("container_32x8", [32]),
                                              ("chain_32x8", [4, 1, 32]), ("llama31_minitron_4b_width_32x8", [32]),
                                              ("llama31_minitron_4b_depth_32x8", [32]),
-                                             ("mistral_nemo_minitron_8b_32x8", [32]), ("nemotron4_minitron_16x8", [16])])
+                                             ("mistral_nemo_minitron_8b_32x8", [32]),
+                                             ("nemotron4_minitron_16x8", [16])])
 def test_sbatch_accepts_the_golden_files(name, sizes, superpod, tmp_path):
     script = only_asking((GOLDEN / f"{name}.sh").read_text(), tmp_path)
     said = superpod.run(["bash", "-c", script])
