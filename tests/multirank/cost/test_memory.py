@@ -21,19 +21,23 @@ def distill(rank, world_size, *, files, layout, bf16, distributed_optimizer):
     from nemo_minitron.config import OptimConfig, TrainConfig
     from nemo_minitron.distill.losses import LossWeights
     from nemo_minitron.distill.module import DistillationModule
-    from nemo_minitron.distill.teacher import Teacher
+    from nemo_minitron.distill.teacher import Placement, Teacher
+    from nemo_minitron.training.budget import plan_phases
     from nemo_minitron.training.trainer import fit
 
     student, teacher = read_checkpoint(Path(files["student"])), read_checkpoint(Path(files["teacher"]))
     recipe = TrainConfig(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, eval_every_steps=0,
                          precision="bf16-mixed" if bf16 else "32")
     with formed(layout) as degrees:
+        placed = Teacher(teacher.arch, teacher.path, degrees, placement=Placement(precision="bf16" if bf16 else "32"))
         module = DistillationModule(
-            teacher=Teacher(teacher.arch, teacher.path, degrees, bf16=bf16), weights=LossWeights(kl=1.0, ce=0.0),
-            arch=student.arch, checkpoint=student.path, layout=degrees, chunk_tokens=16, bf16=bf16)
-        fit(module, open_samples(files["tokens"]), label="kd", directory=Path(files["out"]),
-            tokens=2 * GLOBAL_BATCH * SEQ_LENGTH, layout=degrees, train=recipe, optim=OptimConfig(warmup_steps=1),
-            seed=1, distributed_optimizer=distributed_optimizer, measure=lambda trained: 0.0)
+            teacher=placed, teacher_arch=teacher.arch, weights=LossWeights(kl=1.0, ce=0.0), arch=student.arch,
+            checkpoint=student.path, layout=degrees, chunk_tokens=16, bf16=bf16)
+        phases = plan_phases(2 * GLOBAL_BATCH * SEQ_LENGTH, [], recipe, seq_length=SEQ_LENGTH, dp=degrees.dp)
+        fit(module, lambda length: open_samples(files["tokens"], seq_length=length), label="kd",
+            directory=Path(files["out"]), phases=phases, layout=degrees, train=recipe,
+            optim=OptimConfig(warmup_steps=1), seed=1, distributed_optimizer=distributed_optimizer,
+            measure=lambda trained: {})
         return held(module)
 
 
