@@ -127,7 +127,7 @@ def training(rank, world_size, *, path, teacher, tokens, layout, packed):
         streamed = Teacher(source.arch, source.path, degrees)
         samples = open_documents(tokens, seq_length=SEQ_LENGTH, packed=packed)
         batch = samples.batch(range(samples.num_evaluation_samples))
-        terms = loss_terms(model, forward_batch(model, batch), batch, teacher=streamed.states(batch),
+        terms = loss_terms(model, forward_batch(model, batch), batch, teacher=streamed.hand_over(batch).logits,
                            weights=LossWeights(kl=0.7, ce=0.3))
         terms.loss_sum.backward()
         gradients = {name: parameter.grad.double().norm().item() for name, parameter in model.named_parameters()
