@@ -93,7 +93,13 @@ def test_health_as_a_plain_script_and_what_it_compares(tmp_path):
     assert found == health.compiled_versions() and found["torch"] is not None
 
 
-def test_health_names_what_is_wrong(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def door_is_open(monkeypatch):
+    """Tests before this one may have imported Megatron into this process, after which the door cannot be opened."""
+    monkeypatch.setattr("nemo_minitron.parallel.cpu.open_cpu_door", lambda: None)
+
+
+def test_health_names_what_is_wrong(tmp_path, monkeypatch, capsys, door_is_open):
     monkeypatch.setattr(health, "NEEDED", ("json", "nemo_minitron.nowhere"))
     record = tmp_path / "compiled.json"
     record.write_text(json.dumps(health.compiled_versions() | {"torch": "0.1"}))
@@ -104,7 +110,7 @@ def test_health_names_what_is_wrong(tmp_path, monkeypatch, capsys):
         assert text in said
 
 
-def test_health_of_this_installation(monkeypatch):
+def test_health_of_this_installation(monkeypatch, door_is_open):
     monkeypatch.setattr(health, "NEEDED", ("json",))
     assert health.main([]) == 0
     assert health.wrong_pins((ROOT / "constraints-container.txt").read_text()) == []

@@ -55,7 +55,7 @@ def test_slurm_prints_exactly_what_it_would_submit(name, capsys, tmp_path):
     found = dry_run("slurm", RECIPES[name], capsys, tmp_path)
     if "demo" in name:  # a job's name depends on the folder that it writes
         found = found.replace(submit.sbatch.job_name(load_config(RECIPES[name])), "demo-NUMBER")
-    found = found.replace(str(ROOT), "/ROOT").replace(str(tmp_path), "/CWD").replace(sys.executable, "/PYTHON")
+    found = found.replace(sys.executable, "/PYTHON").replace(str(ROOT), "/ROOT").replace(str(tmp_path), "/CWD")
     golden = GOLDEN / f"{name}.sh"
     if "MINITRON_WRITE_GOLDEN" in os.environ:
         golden.write_text(found)
