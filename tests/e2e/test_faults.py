@@ -78,6 +78,7 @@ def test_steps_that_are_not_finite_are_left_out_but_not_for_ever(halfway, inputs
     assert "NotFinite" in finished.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_good_point(halfway, undisturbed, inputs):
     if os.geteuid():
         pytest.skip("a small file system needs root")
