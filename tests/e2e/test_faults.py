@@ -97,4 +97,4 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_good_point(halfway, und
     assert finished.code == 2, (finished.stdout[-500:], finished.stderr[-500:], points, used)
     assert len(finished.stderr.splitlines()) == 1 and "the disk is full" in finished.stderr
     assert points, "the last good one is still there"
-    assert f"of step {int(points[-1][5:])} (change output_dir)" in finished.stderr
+    assert "(change output_dir)" in finished.stderr

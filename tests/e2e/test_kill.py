@@ -102,4 +102,5 @@ def test_killed_alone_its_ranks_end_before_the_next_run_begins(halfway, undistur
     stdout, stderr = again.communicate(timeout=120)
     assert first_line == "already done: score, prune\n" and not left
     assert again.returncode == 0, stderr
-    check_went_on(stdout, halfway, undisturbed)
+    # torchrun is told by SIGTERM that its parent is gone, and its ranks write a resume point where they are
+    check_went_on(stdout, halfway, undisturbed, every=1)
