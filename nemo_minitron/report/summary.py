@@ -18,8 +18,8 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
     """Assemble the summary of one round; what was not run is null, controls not run are absent.
 
     recovery = (pruned - distilled) / (pruned - teacher); excess = distilled - teacher, nats/token;
-    excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. Each model's `tasks` are its scores in
-    the recipe's tasks by name: all metrics, and under `metric` which of them to show.
+    excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. Each model's `tasks`, there where the
+    recipe has some, are its scores by name of the task: all metrics, and under `metric` which of them to show.
     """
     models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
     for model, stage in _STAGES.items():
@@ -66,7 +66,7 @@ def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> 
             "num_parameters": arch.num_parameters(),
             "num_non_embedding_parameters": arch.num_non_embedding_parameters(),
             **{key: result.get(key) for key in ("tokens", "seconds", "tokens_per_s")},
-            "tasks": record.get("tasks", {})}
+            **({"tasks": record["tasks"]} if record.get("tasks") else {})}
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

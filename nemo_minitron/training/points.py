@@ -81,7 +81,7 @@ class ResumePoints(pl.Callback):
             if trainer.is_global_zero:
                 resume.seal(point, step, dist.get_world_size())
                 resume.rotate(self.directory)
-        except Exception as error:
+        except BaseException as error:  # torch's CheckpointException is one, and no Exception
             if not resume.is_disk_full(error):
                 raise
             resume.remove(point)

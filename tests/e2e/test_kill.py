@@ -67,11 +67,18 @@ def start_and_wait(inputs, directory, step, **changes):
     return process, tree
 
 
-def check_went_on(stdout, directory, undisturbed, every=CHECKPOINT_EVERY):
-    """`stdout` is that of the command that went on: the files are those of the undisturbed run, bit by bit."""
+def check_went_on(stdout, directory, undisturbed, stopped_after=None):
+    """`stdout` is that of the command that went on: the files are those of the undisturbed run, bit by bit.
+
+    It went on from a step that is saved anyway; where ranks were stopped in order, after `stopped_after` or more, from
+    the step that was their last.
+    """
     run_dir = directory / "outputs" / "tiny"
     (first_step,) = re.findall(r"^\[distill\] going on from step (\d+)$", stdout, re.MULTILINE)
-    assert int(first_step) >= CHECKPOINT_EVERY and int(first_step) % every == 0
+    if stopped_after is None:
+        assert int(first_step) >= CHECKPOINT_EVERY and int(first_step) % CHECKPOINT_EVERY == 0
+    else:
+        assert int(first_step) >= stopped_after >= CHECKPOINT_EVERY
     name = "round1/distill/checkpoint/model.safetensors"
     assert (run_dir / name).read_bytes() == (undisturbed[0] / name).read_bytes()
     lines = [json.loads(line) for line in (run_dir / "round1/distill/metrics.jsonl").read_text().splitlines()]
@@ -94,6 +101,7 @@ def test_killed_with_its_process_group(halfway, undisturbed, inputs):
 def test_killed_alone_its_ranks_end_before_the_next_run_begins(halfway, undisturbed, inputs):
     process, tree = start_and_wait(inputs, halfway, CHECKPOINT_EVERY)
     os.kill(process.pid, signal.SIGKILL)
+    done = steps_done(halfway / "outputs" / "tiny")
     again = start(inputs.arguments(halfway / "outputs"), halfway)
     assert again.stdout is not None
     first_line = again.stdout.readline()  # printed once it holds the lock
@@ -102,5 +110,5 @@ def test_killed_alone_its_ranks_end_before_the_next_run_begins(halfway, undistur
     stdout, stderr = again.communicate(timeout=120)
     assert first_line == "already done: score, prune\n" and not left
     assert again.returncode == 0, stderr
-    # torchrun is told by SIGTERM that its parent is gone, and its ranks write a resume point where they are
-    check_went_on(stdout, halfway, undisturbed, every=1)
+    # torchrun is told by SIGTERM that its parent is gone, and its ranks end with a resume point: no step is lost
+    check_went_on(stdout, halfway, undisturbed, stopped_after=done)

@@ -14,7 +14,7 @@ from tests.e2e.command import BATCH, NUM_STEPS, SEQ_LENGTH, TOKENS, manifests, r
 
 STAGES = ["score", "prune", "distill", "evaluate", "report"]
 MODEL_FIELDS = {"path", "loss", "bits_per_byte", "num_parameters", "num_non_embedding_parameters", "tokens", "seconds",
-                "tokens_per_s", "tasks"}
+                "tokens_per_s"}
 
 
 def stages_run(finished):
