@@ -2,6 +2,7 @@
 
 import datetime
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -12,6 +13,8 @@ import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+MAX_THREADS = 60
 
 faulthandler.register(signal.SIGUSR1, all_threads=True)
 
@@ -57,6 +60,15 @@ def outcome(function: Callable[..., Any], *args: Any) -> str:
         return json.dumps({"ok": False, "error": traceback.format_exc()})
 
 
+def collect_ended_groups() -> None:
+    """Free what a job left behind: cycles of a model or a trainer keep the threads of ended process groups alive.
+
+    A job leaves up to 50 threads, and hundreds of them slow every collective down; a collection takes 0.5 s.
+    """
+    if len(os.listdir("/proc/self/task")) > MAX_THREADS:
+        gc.collect()
+
+
 def main() -> None:
     """Connect, say so, and serve jobs for ever."""
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -67,6 +79,7 @@ def main() -> None:
         while True:
             command = commands.get()
             replies.write(outcome(call, command["job"], rank, world_size, command["kwargs"]) + "\n")
+            collect_ended_groups()
 
 
 if __name__ == "__main__":
