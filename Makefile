@@ -41,8 +41,8 @@ $(STAMP):
 demo: setup  ## prune the embedded teacher, distill it back, write outputs/demo/report.html
 	$(BIN)/minitron experiment=demo $(ARGS)
 
-controls: setup  ## the demo with its controls: the same model from scratch, and without a teacher
-	$(BIN)/minitron experiment=demo 'controls=[scratch,ce]' $(ARGS)
+controls: setup  ## the demo and its controls: without a teacher, and from random weights (up to an hour)
+	$(BIN)/minitron experiment=demo 'controls=[scratch,ce,scratch_until]' $(ARGS)
 
 demo-teacher: setup  ## train the embedded teacher again
 	$(BIN)/minitron experiment=demo_teacher $(ARGS)

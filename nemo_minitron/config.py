@@ -31,6 +31,7 @@ from nemo_minitron.config_training import (
     OptimConfig,
     PhaseConfig,
     ProfileConfig,
+    ScratchUntilConfig,
     StopConfig,
     TeacherPlacementConfig,
     TrainConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "PhaseConfig",
     "ProfileConfig",
     "PruneConfig",
+    "ScratchUntilConfig",
     "StopConfig",
     "TaskConfig",
     "TeacherConfig",
@@ -65,8 +67,8 @@ __all__ = [
     "TrainConfig",
 ]
 STAGES = ("initialize", "correct", "score", "prune", "cache_teacher", "generate", "distill", "ce",
-          "scratch", "evaluate", "report")
-CONTROLS = ("ce", "scratch")
+          "scratch", "scratch_until", "evaluate", "report")
+CONTROLS = ("ce", "scratch", "scratch_until")
 LAYER_METRICS = ("block_influence", "loss", "accuracy", "logit_mse", "removal_order")
 
 
@@ -339,7 +341,7 @@ class Config:
     seed: int = 1234
     stages: list[str] = field(default_factory=lambda: ["score", "prune", "distill", "evaluate", "report"])
     controls: list[str] = field(default_factory=list)
-    """Controls to run too: ce (the pruned model trained by cross-entropy), scratch (random weights)."""
+    """Controls to run too: ce (the pruned model trained by cross-entropy), scratch (random weights), scratch_until."""
     only: list[str] = field(default_factory=list)
     """Of stages and controls, the ones to run now (a job of a chain); empty: all."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -354,6 +356,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     correct: CorrectConfig = field(default_factory=CorrectConfig)
+    scratch_until: ScratchUntilConfig = field(default_factory=ScratchUntilConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -39,6 +39,8 @@ class StopConfig:
     """Steps."""
     seconds: float | None = None
     """Seconds in training steps, over all runs of the stage."""
+    heldout_ce: float | None = None
+    """Held-out loss of a look, nats/token: the first that is no higher is the last."""
 
 
 @dataclass
@@ -96,13 +98,9 @@ class TrainConfig:
 
 
 @dataclass
-class CorrectConfig:
-    """Cross-entropy training of the teacher ("teacher correction", arXiv:2408.11796)."""
+class OwnOptim:
+    """A training's own learning rate in the place of `optim`'s."""
 
-    tokens: int = 1_000_000
-    """Training tokens, rounded up to whole steps."""
-    snapshot_every_steps: int | None = None
-    """Steps between two Hugging Face directories of the teacher on its way, for a distillation that runs meanwhile."""
     lr: float | None = None
     """Peak learning rate; null, here and below: that of `optim`."""
     min_lr: float | None = None
@@ -112,6 +110,24 @@ class CorrectConfig:
         """`optim` with this node's own numbers in place."""
         own: dict[str, Any] = {"lr": self.lr, "min_lr": self.min_lr, "warmup_steps": self.warmup_steps}
         return dataclasses.replace(optim, **{key: value for key, value in own.items() if value is not None})
+
+
+@dataclass
+class CorrectConfig(OwnOptim):
+    """Cross-entropy training of the teacher ("teacher correction", arXiv:2408.11796)."""
+
+    tokens: int = 1_000_000
+    """Training tokens, rounded up to whole steps."""
+    snapshot_every_steps: int | None = None
+    """Steps between two Hugging Face directories of the teacher on its way, for a distillation that runs meanwhile."""
+
+
+@dataclass
+class ScratchUntilConfig(OwnOptim):
+    """The control `scratch_until`: the pruned architecture from random weights until it equals the distilled model."""
+
+    max_ratio: float = 10.0
+    """Training tokens at most, over those of the distillation; the learning rate decays over all of them."""
 
 
 @dataclass

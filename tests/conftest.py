@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.ranks import RankPool
 
+pytest.register_assert_rewrite("tests.support.trainings")
+
 HERE = Path(__file__).parent
 LIMITS_S = {"unit": 60, "multirank": 300, "e2e": 1200, "cluster": 900, "gpu": 600}
 

@@ -62,6 +62,8 @@ class Recipe:
     utilisation: float
     controls: tuple[str, ...] = ()
     """Trainings of every round's student without a teacher, on the same tokens."""
+    scratch_ratio: float = 10.0
+    """But `scratch_until` is counted with this many times the tokens, its most."""
     cached: bool = False
     """The teacher's likeliest tokens are read from disk: no teacher in the step."""
     writes_cache: bool = False

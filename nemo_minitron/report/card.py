@@ -17,6 +17,8 @@ _MADE = {
     "distill": "pruned, then distilled from the teacher's logits (forward KL)",
     "ce": "pruned, then trained by cross-entropy (a control)",
     "scratch": "the pruned architecture from random weights, trained by cross-entropy (a control)",
+    "scratch_until": "the pruned architecture from random weights, trained by cross-entropy for as long as it took (a "
+                     "control)",
 }
 
 

@@ -17,10 +17,10 @@ from nemo_minitron.importance.aggregate import Ranking, importance
 from nemo_minitron.importance.scores import DEFAULT_AGGREGATION, Scores
 
 STAGES = ("initialize", "correct", "score", "search", "prune", "cache_teacher", "generate", "distill", "ce", "scratch",
-          "align", "compare", "evaluate", "report")
+          "scratch_until", "align", "compare", "evaluate", "report")
 """In the order in which they run; other stage directories are not looked at."""
 
-TRAINED_STAGES = ("correct", "distill", "ce", "scratch")
+TRAINED_STAGES = ("correct", "distill", "ce", "scratch", "scratch_until")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Importance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round. `models` has the keys teacher, pruned, distilled, ce and scratch, as far as they were measured.
+    """One round. `models` has the keys teacher, pruned, distilled and those of controls, as far as they were measured.
 
     `tasks` has the scores of each task by the same keys.
     """
@@ -85,6 +85,9 @@ class Round:
     tasks: dict[str, dict[str, TaskScore]] = dataclasses.field(default_factory=dict)
     search: dict[str, Any] | None = None
     """`ranking.json` of the stage `search`."""
+    scratch_token_ratio: float | None = None
+    """Training tokens of `scratch_until` over those of the distillation, and whether it reached the same loss."""
+    scratch_reached: bool = False
     compared: dict[str, Any] | None = None
     """Losses of the chosen candidate and of the best right after pruning, where both were distilled."""
 
@@ -134,7 +137,9 @@ def _round(name: str, entry: dict[str, Any], output_dir: Path, problems: list[st
     directory = output_dir / name
     models = {key: _model(entry[key]) for key in ("teacher", "pruned", "distilled") if isinstance(entry.get(key), dict)}
     controls = _as_dict(entry.get("controls"))
-    models |= {key: _model(controls[key]) for key in ("ce", "scratch") if isinstance(controls.get(key), dict)}
+    models |= {key: _model(controls[key]) for key in ("ce", "scratch", "scratch_until")
+               if isinstance(controls.get(key), dict)}
+    until = _as_dict(controls.get("scratch_until"))
     tasks = _tasks({key: _as_dict({**entry, **controls}.get(key)).get("tasks") for key in models})
     manifests = {stage: manifest for stage in STAGES
                  if (manifest := _manifest(directory / stage, output_dir, problems)) is not None}
@@ -148,6 +153,7 @@ def _round(name: str, entry: dict[str, Any], output_dir: Path, problems: list[st
         compared=_as_dict(_as_dict(entry.get("search")).get("compared")) or None,
         recovery=_number(entry.get("recovery")), excess=_number(entry.get("excess")),
         excess_vs_scratch=_number(entry.get("excess_vs_scratch")),
+        scratch_token_ratio=_number(until.get("token_ratio")), scratch_reached=until.get("reached") is True,
         plan=plan, importance=_importance(directory / "score", plan, manifests.get("prune"), output_dir, problems),
     )
 

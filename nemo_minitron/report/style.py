@@ -87,7 +87,7 @@ svg .label { fill: currentColor; }
 .heat-0 { fill: var(--heat-0); } .heat-1 { fill: var(--heat-1); } .heat-2 { fill: var(--heat-2); }
 .heat-3 { fill: var(--heat-3); } .heat-4 { fill: var(--heat-4); } .heat-5 { fill: var(--heat-5); }
 .teacher { color: var(--teacher); } .pruned { color: var(--pruned); } .distilled { color: var(--distilled); }
-.ce { color: var(--ce); } .scratch { color: var(--scratch); }
+.ce { color: var(--ce); } .scratch, .scratch_until { color: var(--scratch); }
 
 @media screen and (max-width: 640px) {
   body { padding: 1.4rem 1rem 3rem; }

@@ -10,7 +10,8 @@ from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoint.families import read_arch
 
-_STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch"}
+_STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch",
+           "scratch_until": "scratch_until"}
 
 
 def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
@@ -18,8 +19,10 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
     """Assemble the summary of one round; what was not run is null, controls not run are absent.
 
     recovery = (pruned - distilled) / (pruned - teacher); excess = distilled - teacher, nats/token;
-    excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. Each model's `tasks`, there where the
-    recipe has some, are its scores by name of the task: all metrics, and under `metric` which of them to show.
+    excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. `controls.scratch_until` has also
+    `token_ratio`, its training tokens over those of the distillation, and whether it `reached` that loss. Each model's
+    `tasks`, there where the recipe has some, are its scores by name of the task: all metrics, and under `metric` which
+    of them to show.
     """
     models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
     for model, stage in _STAGES.items():
@@ -29,9 +32,12 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
     entry: dict[str, Any] = {
         "name": round_name,
         **{model: models.get(model) for model in ("teacher", "pruned", "distilled")},
-        "controls": {model: models[model] for model in ("scratch", "ce") if model in models},
+        "controls": {model: models[model] for model in ("scratch", "ce", "scratch_until") if model in models},
         "recovery": None, "excess": None, "excess_vs_scratch": None,
     }
+    until = manifests.get("scratch_until")
+    if "scratch_until" in models and until is not None:
+        models["scratch_until"] |= {name: until.result[name] for name in ("token_ratio", "reached")}
     if "distilled" in loss:
         entry["recovery"] = _ratio(loss["pruned"] - loss["distilled"], loss["pruned"] - loss["teacher"])
         entry["excess"] = loss["distilled"] - loss["teacher"]

@@ -13,8 +13,8 @@ from nemo_minitron.report.collect import Experiment, ModelFigures, Round
 from nemo_minitron.report.markup import Html, join, tag
 
 MODEL_NAMES = {"teacher": "teacher", "pruned": "pruned", "distilled": "distilled", "ce": "CE control",
-               "scratch": "from scratch"}
-MODEL_OF_STAGE = {"distill": "distilled", "ce": "ce", "scratch": "scratch"}
+               "scratch": "from scratch", "scratch_until": "from scratch, on"}
+MODEL_OF_STAGE = {"distill": "distilled", "ce": "ce", "scratch": "scratch", "scratch_until": "scratch_until"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,8 @@ def loss_table(round_: Round, experiment: Experiment) -> Html:
     rows = []
     for key, name in MODEL_NAMES.items():
         model = round_.models.get(key)
+        if model is None and key == "scratch_until":
+            continue
         if model is None:
             words = join(["not run; ", tag("code", "make controls"), " adds it"]) if key in ("ce", "scratch") \
                 else Html("not measured yet")

@@ -21,7 +21,8 @@ from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import RecipeData, prepared_data, split_samples
 from nemo_minitron.stages.registry import is_current
 
-MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch"}
+MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch",
+          "scratch_until": "scratch_until"}
 """Name of each model in the summary -> the stage that made it; the teacher comes first."""
 
 

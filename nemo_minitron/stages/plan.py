@@ -76,7 +76,8 @@ def planned(config: Config) -> Recipe:
     recipe = Recipe(
         name=config.name, teacher=teacher, rounds=_rounds(config, teacher), step=step, layout=layout,
         gpu=gpu_named(config.plan.gpu), utilisation=config.plan.utilisation,
-        controls=tuple(config.controls), cached=config.distill.cached, writes_cache="cache_teacher" in config.stages,
+        controls=tuple(config.controls), scratch_ratio=config.scratch_until.max_ratio,
+        cached=config.distill.cached, writes_cache="cache_teacher" in config.stages,
         correct_tokens=config.correct.tokens if correct else 0,
         score_samples=config.importance.num_samples if "score" in config.stages else 0,
         score_micro_batch=config.importance.micro_batch_size,

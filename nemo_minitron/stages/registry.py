@@ -71,13 +71,16 @@ STAGES: dict[str, Stage] = {
     "distill": Stage(function="distill:run", inputs=(TEACHER, "prune"), config=(*_TRAINING, "distill")),
     "ce": Stage(function="controls:run_ce", inputs=("prune",), config=(*_TRAINING, "distill")),
     "scratch": Stage(function="controls:run_scratch", inputs=("prune",), config=(*_TRAINING, "distill")),
+    "scratch_until": Stage(function="controls:run_scratch_until", inputs=("prune", "distill"),
+                           config=(*_TRAINING, "scratch_until")),
     "compare": Stage(function="compare:run", inputs=(TEACHER, SOURCE, "score", "search"), keeps_files=True,
                      config=(*_TRAINING, "distill", "prune", "importance")),
     "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data", "evaluate"), keeps_files=True,
-                      optional_inputs=("prune", "distill", "ce", "scratch")),
+                      optional_inputs=("prune", "distill", "ce", "scratch", "scratch_until")),
     "report": Stage(function="report:run", inputs=("evaluate",), config=("evaluate",), ranks=False, keeps_files=True,
                     products=("summary.json", "report.html"),
-                    optional_inputs=("score", "search", "prune", "distill", "ce", "scratch", "compare", "correct")),
+                    optional_inputs=("score", "search", "prune", "distill", "ce", "scratch", "scratch_until", "compare",
+                                     "correct")),
 }
 """In the order in which they run."""
 
@@ -85,7 +88,7 @@ _WITHOUT_EFFECT = ("log_every_steps", "checkpoint_every_steps", "not_finite", "p
 """Keys of `train` that change what is printed and saved on the way, or how it is computed, not the result."""
 
 _LOOKS = ("eval_every_steps", "eval_samples")
-"""Keys of `train` that change the result only where it is that of the best look."""
+"""Keys of `train` that change the result only where a look decides on it."""
 
 
 def wanted_stages(context: Context) -> list[str]:
@@ -109,7 +112,9 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     """The part of the recipe that the stage's result depends on."""
     part = context.config_part(*STAGES[stage].config)
     if "train" in part:
-        unused = _WITHOUT_EFFECT if part["train"]["keep_best"] else (*_WITHOUT_EFFECT, *_LOOKS)
+        train = part["train"]
+        decide = train["keep_best"] or train["stop"]["heldout_ce"] is not None or stage == "scratch_until"
+        unused = _WITHOUT_EFFECT if decide else (*_WITHOUT_EFFECT, *_LOOKS)
         part["train"] = {key: value for key, value in part["train"].items() if key not in unused}
     if "data" in part:
         part["data"] = _what_is_read(part["data"])

@@ -1,4 +1,4 @@
-"""What the training stages `correct`, `distill`, `ce` and `scratch` have in common: data in, checkpoint out."""
+"""What the training stages `correct`, `distill` and the controls have in common: data in, checkpoint out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Checkpoint
-from nemo_minitron.config import OptimConfig, PhaseConfig
+from nemo_minitron.config import OptimConfig, PhaseConfig, TrainConfig
 from nemo_minitron.data.batch import Samples
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import prepared_data, split_samples
@@ -32,7 +32,7 @@ def exporter(context: Context, base: Checkpoint) -> Callable[[TrainingModule, Pa
 
 def train_stage(context: Context, stage: str, module: TrainingModule, *, start: Checkpoint, tokens: int,
                 phases: Sequence[PhaseConfig] = (), callbacks: Sequence[Any] = (),
-                optim: OptimConfig | None = None) -> dict[str, Any]:
+                optim: OptimConfig | None = None, train: TrainConfig | None = None) -> dict[str, Any]:
     """Train `module`, which starts from `start`, and write `checkpoint/` in the stage's directory.
 
     Args:
@@ -44,8 +44,10 @@ def train_stage(context: Context, stage: str, module: TrainingModule, *, start: 
         phases: parts with sizes of their own.
         callbacks: Lightning's, of the stage.
         optim: the recipe's, where None.
+        train: the recipe's, where None.
     """
     config, layout = context.config, context.layout
+    train = train or config.train
     directory: Path = context.stage_dir(stage)
     prepared = prepared_data(context, start.path, start.arch)
     heldout = split_samples(context, prepared, "heldout", start.arch)
@@ -58,9 +60,9 @@ def train_stage(context: Context, stage: str, module: TrainingModule, *, start: 
         return trained.measure(heldout, micro_batch_size=config.evaluate.micro_batch_size,
                                max_samples=config.train.eval_samples)
 
-    planned = plan_phases(tokens, phases, config.train, seq_length=config.data.seq_length, dp=layout.dp)
+    planned = plan_phases(tokens, phases, train, seq_length=config.data.seq_length, dp=layout.dp)
     trained = fit(
-        module, samples, label=stage, directory=directory, phases=planned, layout=layout, train=config.train,
+        module, samples, label=stage, directory=directory, phases=planned, layout=layout, train=train,
         optim=optim or config.optim, seed=config.seed, distributed_optimizer=config.parallel.distributed_optimizer,
         measure=measure, keep=write, callbacks=callbacks, pause_step=context.pause_step,
     )

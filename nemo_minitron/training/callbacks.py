@@ -116,7 +116,8 @@ class HeldOut(pl.Callback):
     """
 
     def __init__(self, meters: Meters, *, every_steps: int, measure: Callable[[TrainingModule], dict[str, float]],
-                 keep_best: Callable[[TrainingModule, Path], None] | None, directory: Path) -> None:
+                 keep_best: Callable[[TrainingModule, Path], None] | None, directory: Path,
+                 stop_at: float | None = None) -> None:
         """Write through `meters`.
 
         Args:
@@ -125,8 +126,10 @@ class HeldOut(pl.Callback):
             measure: held-out means by name, nats/token, with `ce` among them; every rank calls it.
             keep_best: writes the weights to a folder; every rank calls it. None: keep none.
             directory: the stage's own.
+            stop_at: a held-out cross-entropy, nats/token, at or below which the training ends.
         """
         self.meters = meters
+        self.stop_at = stop_at
         self.every_steps = every_steps
         self.measure = measure
         self.keep_best = keep_best
@@ -156,6 +159,8 @@ class HeldOut(pl.Callback):
             print(f"[{self.meters.label}] step {step}  held-out {means['ce']:.4f} nats/token", flush=True)
         if self.keep_best is not None and (self.best is None or means["ce"] < self.best["ce"]):
             self._keep(pl_module, step, means["ce"])
+        if self.stop_at is not None and means["ce"] <= self.stop_at:  # the same mean on every rank
+            trainer.should_stop = True
         self.meters.leave_out(time.monotonic() - started)
 
     def _keep(self, module: TrainingModule, step: int, loss: float) -> None:

@@ -102,7 +102,7 @@ def fit(
     meters = Meters(directory / "metrics.jsonl", label=label, log_every_steps=train.log_every_steps,
                     peak_tflops=peak_tflops(train.precision, train.peak_tflops))
     held_out = HeldOut(meters, every_steps=train.eval_every_steps, measure=measure, directory=directory,
-                       keep_best=keep if train.keep_best else None)
+                       keep_best=keep if train.keep_best else None, stop_at=train.stop.heldout_ce)
     points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps, label=label,
                           pause_step=pause_step)
     stop = train.stop if pause_step is None else dataclasses.replace(train.stop, steps=pause_step)

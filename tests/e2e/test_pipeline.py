@@ -160,3 +160,20 @@ def test_what_changes_runs_again_and_nothing_else(a_run, inputs, tmp_path):
     assert other["distilled"]["num_parameters"] == arch.num_parameters()
     assert other["controls"] == {} and other["excess_vs_scratch"] is None, "those of another target are no controls"
     assert other["teacher"] == entry["teacher"]
+
+
+def test_random_weights_are_trained_until_they_are_as_good(a_run, inputs, tmp_path):
+    """On half as many tokens again at most; the first look that is good enough is the last."""
+    finished = run_well(inputs.arguments(a_run.parent, controls="[scratch_until]", scratch_until__max_ratio=1.5,
+                                         train__eval_every_steps=15), tmp_path)
+    assert stages_run(finished) == ["scratch_until", "evaluate", "report"]
+    looks = {stage: [line["heldout_ce"] for line in map(json.loads, (
+        a_run / "round1" / stage / "metrics.jsonl").read_text().splitlines()) if "heldout_ce" in line]
+        for stage in ("distill", "scratch_until")}
+    target, (*before, last) = looks["distill"][-1], looks["scratch_until"]
+    (entry,) = summary(a_run)["rounds"]
+    until = entry["controls"]["scratch_until"]
+    assert until["tokens"] == until["token_ratio"] * TOKENS and until["reached"] == (last <= target)
+    assert all(look > target for look in before)
+    assert until["token_ratio"] in {15 / 40, 30 / 40, 45 / 40, 60 / 40} and until["reached"] | (
+        until["token_ratio"] == 1.5)

@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.multirank.training.test_layouts import STEPS, TEACHER, assert_same_numbers, assert_same_weights, lines, run
-from tests.support.tiny_llama import TIED, UNEVEN, UNTIED, formed, open_samples, write_model, write_tokens
+from tests.support.tiny_llama import TIED, UNEVEN, UNTIED, formed, open_samples, write_model
+from tests.support.trainings import (
+    STEPS,
+    assert_same_numbers,
+    assert_same_weights,
+    lines,
+    remembered,
+    run,
+    write_files,
+)
 
 # On two stages the teacher (2 layers) and the student (4) have these on stages 1:1, 1:1, 1:0, 0:0 and 0:1.
 TERMS = [
@@ -23,27 +31,14 @@ SAME_WIDTH = dataclasses.replace(UNTIED, num_layers=2)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("intermediate")
-    return {
-        "directory": directory, "tokens": str(write_tokens(directory / "tokens")),
-        "teacher": str(write_model(TEACHER, directory / "teacher", seed=2)),
-        "tied": str(write_model(TIED, directory / "tied")), "uneven": str(write_model(UNEVEN, directory / "uneven")),
-    }
+    return write_files(tmp_path_factory.mktemp("intermediate"), tied=TIED, uneven=UNEVEN)
 
 
 @pytest.fixture(scope="module")
 def trained(files, rank_pool):
-    done = {}
-
-    def get(layout, name="tied", **options):
-        key = layout, name, str(options)
-        if key not in done:
-            out = files["directory"] / f"{len(done)}"
-            options = {"terms": TERMS if name == "tied" else FEWER, "train": {"eval_every_steps": 2}, **options}
-            done[key] = run(files, rank_pool, layout, name, ["kd"], out, **options)[0]
-        return done[key]
-
-    return get
+    get = remembered(files, rank_pool, train={"eval_every_steps": 2})
+    return lambda layout, name="tied", **options: get(layout, name, terms=TERMS if name == "tied" else FEWER,
+                                                      **options)[0]
 
 
 def test_the_terms_are_measured_and_trained(trained):

@@ -3,30 +3,14 @@
 import pytest
 
 from tests.multirank.distill.test_intermediate import TERMS
-from tests.multirank.training.test_layouts import TEACHER, assert_same_numbers, assert_same_weights, lines, run
-from tests.support.tiny_llama import TIED, write_model, write_tokens
+from tests.support.tiny_llama import TIED
+from tests.support.trainings import assert_same_numbers, assert_same_weights, lines, remembered, write_files
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("teacher")
-    return {"directory": directory, "tokens": str(write_tokens(directory / "tokens")),
-            "teacher": str(write_model(TEACHER, directory / "teacher", seed=2)),
-            "tied": str(write_model(TIED, directory / "tied"))}
-
-
-@pytest.fixture(scope="module")
-def trained(files, rank_pool):
-    done = {}
-
-    def get(layout, **options):
-        key = layout, str(options)
-        if key not in done:
-            out = files["directory"] / f"{len(done)}"
-            done[key] = run(files, rank_pool, layout, "tied", ["kd"], out, terms=TERMS, **options)[0]
-        return done[key]
-
-    return get
+def trained(tmp_path_factory, rank_pool):
+    get = remembered(write_files(tmp_path_factory.mktemp("teacher"), tied=TIED), rank_pool, terms=TERMS)
+    return lambda layout, **options: get(layout, **options)[0]
 
 
 @pytest.mark.parametrize(("student", "teacher"), [

@@ -1,17 +1,12 @@
 """Training through NeMo's trainer gives the same losses and weights under every layout, and after an interruption."""
 
-import dataclasses
-import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.support.checkpoints import read_llama
 from tests.support.tiny_llama import (
-    LAYOUTS,
-    MORE_LAYOUTS,
     NEMOTRON,
     QWEN2,
     QWEN3,
@@ -19,182 +14,34 @@ from tests.support.tiny_llama import (
     TIED,
     UNEVEN,
     UNTIED,
-    formed,
-    open_documents,
-    open_samples,
     write_documents,
-    write_model,
-    write_tokens,
+)
+from tests.support.trainings import (
+    GLOBAL_BATCH,
+    INTERRUPT_AT,
+    STEPS,
+    assert_same_numbers,
+    assert_same_weights,
+    lines,
+    remembered,
+    run,
+    write_files,
 )
 
-STEPS, GLOBAL_BATCH = 6, 8
-RESUME_AT, INTERRUPT_AT = 3, 4
-TEACHER = dataclasses.replace(UNTIED, num_layers=2, hidden_size=48, ffn_hidden_size=80)
 STUDENTS = {"tied": TIED, "untied": UNTIED, "uneven": UNEVEN, "qwen2": QWEN2, "qwen3": QWEN3, "nemotron": NEMOTRON}
 RELATIONS = {"state": "attention", "teacher_layer": 1, "student_layer": 2}
-TOLERANCE = 1e-5
-
-
-class Interrupted(Exception):
-    """What ends a run in the middle."""
-
-
-def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False, teacher=None, terms=(), train=None,
-          phases=(), alpha=None, arriving=(), packed=False):
-    """A job: train `files["student"]` once for each of `kinds`, in turn; the results go to `files["out"]`/kind.
-
-    With `save`, there is a resume point after step 3; with `interrupt`, the run ends in an exception after step 4.
-    `teacher` places it, `terms` are of the intermediate losses, `train` and `phases` change the recipe. `arriving` are
-    snapshots of the teacher: the n-th comes to `out`/snapshots when the held-out loss is measured for the n-th time.
-    With `packed`, samples are of whole documents.
-    """
-    from nemo_minitron.config import OptimConfig, PhaseConfig, ProfileConfig, StopConfig, TrainConfig
-    from nemo_minitron.training.budget import plan_phases
-    from nemo_minitron.training.snapshots import ExchangeTeacher
-    from nemo_minitron.training.trainer import export, fit
-
-    changed = dict(train or {})
-    recipe = TrainConfig(**{"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 4, "log_every_steps": 100,
-                            "eval_every_steps": 2, "checkpoint_every_steps": RESUME_AT if save else 100,
-                            "chunk_tokens": 24, **{key: value for key, value in changed.items() if key != "tokens"},
-                            "stop": StopConfig(**changed.get("stop", {})),
-                            "profile": ProfileConfig(**changed.get("profile", {}))})
-    # A small eps would let Adam turn rounding errors of tiny gradients into steps of full size.
-    optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, clip_grad=0.5, eps=1e-4)
-    opened = open_documents if packed else open_samples
-    samples = opened(files["tokens"])
-    out = Path(files["out"])
-    facts = {}
-    with formed(layout) as degrees:
-        for kind in kinds:
-            module, base = _module(kind, files, degrees, recipe, teacher or {}, terms, alpha)
-            looks = []
-
-            def measure(trained, looks=looks):
-                looks.append(trained.measure(samples, micro_batch_size=4, max_samples=6))
-                if rank == 0 and len(looks) <= len(arriving):
-                    shutil.copytree(arriving[len(looks) - 1], out / "snapshots" / f"step_{len(looks)}",
-                                    dirs_exist_ok=True)
-                if interrupt and len(looks) * 2 == INTERRUPT_AT:
-                    raise Interrupted
-                return looks[-1]
-
-            def keep(module, directory, base=base, degrees=degrees):
-                export(module, directory, base=base, layout=degrees)
-
-            planned = plan_phases(changed.get("tokens", STEPS * GLOBAL_BATCH * SEQ_LENGTH),
-                                  [PhaseConfig(**phase) for phase in phases], recipe, seq_length=SEQ_LENGTH,
-                                  dp=degrees.dp)
-            callbacks = [ExchangeTeacher(out / "snapshots", every_steps=1, record=out / "teachers.jsonl", label=kind)]
-            try:
-                trained = fit(
-                    module, lambda length: opened(files["tokens"], seq_length=length), label=kind,
-                    directory=out / kind, phases=planned, layout=degrees, train=recipe, optim=optim, seed=5,
-                    distributed_optimizer=False, measure=measure, keep=keep, callbacks=callbacks if arriving else (),
-                )
-            except Interrupted:
-                continue
-            finally:
-                if kind == "kd":
-                    module.teacher.close()
-            keep(module, out / kind / "checkpoint")
-            facts[kind] = {"tokens": trained.tokens, "steps": trained.steps, "best": trained.best_step,
-                           **_held_by_training(module)}
-    return facts
-
-
-def _module(kind, files, degrees, recipe, teacher, terms, alpha):
-    from nemo_minitron.checkpoint.digest import read_checkpoint
-    from nemo_minitron.distill.intermediate import IntermediateLosses
-    from nemo_minitron.distill.layer_map import Term
-    from nemo_minitron.distill.losses import LossWeights
-    from nemo_minitron.distill.module import DistillationModule
-    from nemo_minitron.distill.teacher import Placement, Teacher
-    from nemo_minitron.training.module import TrainingModule
-
-    student, source = read_checkpoint(Path(files["student"])), read_checkpoint(Path(files["teacher"]))
-    arguments = {"arch": student.arch, "checkpoint": student.path, "layout": degrees, "chunk_tokens": 12, "bf16": False,
-                 "recompute": recipe.recompute}
-    if kind == "ce":
-        return TrainingModule(**arguments), student
-    terms = [Term(**term) for term in terms]
-    own = dict(teacher)
-    if "layout" in own:
-        own["layout"] = MORE_LAYOUTS[own["layout"]]
-    placed = Teacher(source.arch, source.path, degrees, placement=Placement(**own), terms=terms,
-                     student_layers=student.arch.num_layers)
-    intermediate = IntermediateLosses(terms, alpha=alpha, relation_heads=2) if terms else None
-    return DistillationModule(teacher=placed, teacher_arch=source.arch, weights=LossWeights(kl=0.7, ce=0.3),
-                              intermediate=intermediate, **arguments), student
-
-
-def _held_by_training(module):
-    """Numbers of parameters: trained by the optimizer, in gradient buffers, in the Lightning module."""
-    strategy = module.trainer.strategy
-    (optimizer,) = strategy.optimizers
-    return {
-        "optimizer": sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]),
-        "buffers": sum(buffer.grad_data.numel() for chunk in strategy.megatron_parallel for buffer in chunk.buffers),
-        "module": sum(parameter.numel() for parameter in module.parameters()),
-    }
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("layouts")
-    return {
-        "directory": directory, "tokens": str(write_tokens(directory / "tokens")),
-        "teacher": str(write_model(TEACHER, directory / "teacher", seed=2)),
-        **{name: str(write_model(arch, directory / name)) for name, arch in STUDENTS.items()},
-    }
+    return write_files(tmp_path_factory.mktemp("layouts"), **STUDENTS)
 
 
 @pytest.fixture(scope="module")
 def trained(files, rank_pool):
-    """`trained(layout, name)`: folder and ranks' facts of CE, then distillation, of `tied` or `untied`; run once."""
-    done = {}
-
-    def get(layout, name="tied"):
-        if (layout, name) not in done:
-            out = files["directory"] / f"{layout} {name}"
-            done[layout, name] = run(files, rank_pool, layout, name, ["ce", "kd"], out)
-        return done[layout, name]
-
-    return get
-
-
-def run(files, rank_pool, layout, name, kinds, out, **options):
-    arguments = {"tokens": files["tokens"], "teacher": files["teacher"], "student": files[name], "out": str(out)}
-    facts = rank_pool(LAYOUTS[layout].world_size).run(f"{__name__}:train", files=arguments, layout=layout,
-                                                      kinds=kinds, **options)
-    return out, facts
-
-
-def lines(out, kind):
-    """Lines of steps (by step) and held-out losses (by step) of a training."""
-    records = [json.loads(line) for line in (out / kind / "metrics.jsonl").read_text().splitlines()]
-    steps = {record["step"]: record for record in records if "loss" in record}
-    assert len(steps) == sum("loss" in record for record in records)
-    return steps, {record["step"]: record["heldout_ce"] for record in records if "heldout_ce" in record}
-
-
-def assert_same_numbers(out, expected_out, kind, tolerance=TOLERANCE):
-    steps, looks = lines(out, kind)
-    expected_steps, expected_looks = lines(expected_out, kind)
-    assert list(steps) == list(expected_steps) == list(range(1, STEPS + 1))
-    assert looks == pytest.approx(expected_looks, abs=tolerance) and list(looks) == [2, 4, 6]
-    timings = {"seconds", "tokens_per_s", "tflops_per_s", "peak_memory_mib", "teacher_share"}
-    for step, expected in expected_steps.items():
-        numbers = {key: value for key, value in steps[step].items() if key not in timings}
-        expected_numbers = {key: value for key, value in expected.items() if key not in timings}
-        assert numbers == pytest.approx(expected_numbers, abs=tolerance), step
-
-
-def assert_same_weights(out, expected_out, kind, tolerance=TOLERANCE):
-    found, expected = (read_llama(folder / kind / "checkpoint") for folder in (out, expected_out))
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= tolerance, name
+    """`trained(layout, name)`: folder and ranks' facts of CE, then distillation; run once."""
+    get = remembered(files, rank_pool)
+    return lambda layout, name="tied": get(layout, name, ["ce", "kd"])
 
 
 def test_the_reference_learns(files, trained):
@@ -225,17 +72,12 @@ def test_every_layout_trains_alike(trained, layout, name, kind):
 @pytest.fixture(scope="module")
 def packed(files, rank_pool):
     """`packed(layout, teacher_layout)`: folder of a distillation on packed documents, attention's relations too."""
-    write_documents(files["directory"] / "documents")
-
-    def get(layout, teacher_layout=None):
-        out = files["directory"] / f"packed {layout} {teacher_layout}"
-        teacher = {} if teacher_layout is None else {"layout": teacher_layout}
-        if not out.exists():
-            run({**files, "tokens": str(files["directory"] / "documents")}, rank_pool, layout, "tied", ["kd"], out,
-                packed=True, teacher=teacher, terms=[RELATIONS])
-        return out
-
-    return get
+    documents = files["directory"] / "documents"
+    write_documents(documents)
+    get = remembered({**files, "tokens": str(documents), "directory": files["directory"] / "packed"}, rank_pool,
+                     packed=True, terms=[RELATIONS])
+    return lambda layout, teacher_layout=None: get(
+        layout, teacher={} if teacher_layout is None else {"layout": teacher_layout})[0]
 
 
 @pytest.mark.parametrize(("layout", "teacher_layout"), [("tp2 sp", None), ("dp2", None), ("tp2 pp2", None),

@@ -4,17 +4,19 @@ import json
 
 import pytest
 
-from tests.multirank.training.test_layouts import (
+from tests.support.checkpoints import read_llama
+from tests.support.tiny_llama import SEQ_LENGTH, TIED
+from tests.support.trainings import (
     GLOBAL_BATCH,
     STEPS,
     TEACHER,
     assert_same_numbers,
     assert_same_weights,
     lines,
+    remembered,
     run,
+    write_files,
 )
-from tests.support.checkpoints import read_llama
-from tests.support.tiny_llama import SEQ_LENGTH, TIED, write_model, write_tokens
 
 PHASES = [{"tokens": 2 * 8 * 16},
           {"tokens": 4 * 4 * 32, "seq_length": 32, "global_batch_size": 4, "micro_batch_size": 2}]
@@ -22,24 +24,12 @@ PHASES = [{"tokens": 2 * 8 * 16},
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("loop")
-    return {"directory": directory, "tokens": str(write_tokens(directory / "tokens")),
-            "teacher": str(write_model(TEACHER, directory / "teacher", seed=2)),
-            "tied": str(write_model(TIED, directory / "tied"))}
+    return write_files(tmp_path_factory.mktemp("loop"), tied=TIED)
 
 
 @pytest.fixture(scope="module")
 def trained(files, rank_pool):
-    done = {}
-
-    def get(layout, kind="kd", **options):
-        key = layout, kind, str(options)
-        if key not in done:
-            out = files["directory"] / f"{len(done)}"
-            done[key] = run(files, rank_pool, layout, "tied", [kind], out, **options)
-        return done[key]
-
-    return get
+    return remembered(files, rank_pool)
 
 
 @pytest.mark.parametrize(("layout", "recompute"), [("1x1", "full"), ("1x1", "selective"), ("tp2 sp", "full")])
@@ -103,6 +93,18 @@ def test_a_budget_ends_a_training_early(trained, stop):
     whole, _ = lines(trained("1x1")[0], "kd")
     assert list(steps) == list(range(1, last + 1)) and list(looks)[-1] == last
     assert all(steps[step]["loss"] == whole[step]["loss"] for step in steps)
+
+
+@pytest.mark.parametrize("layout", ["1x1", "pp2"])
+def test_a_training_ends_with_the_first_look_that_is_good_enough(trained, layout):
+    """The look after step 4 is the first at or below the mean of the looks after steps 2 and 4."""
+    looks = lines(trained("1x1")[0], "kd")[1]
+    assert looks[6] < looks[4] < looks[2]
+    stop_at = (looks[2] + looks[4]) / 2
+    out, facts = trained(layout, train={"stop": {"heldout_ce": stop_at}})
+    steps, found = lines(out, "kd")
+    assert list(found) == [2, 4] and found[4] <= stop_at < found[2]
+    assert list(steps) == [1, 2, 3, 4] and facts[0]["kd"]["steps"] == 4
 
 
 def test_the_best_weights_are_kept(trained):

@@ -4,17 +4,16 @@ import json
 
 import pytest
 
-from tests.multirank.training.test_layouts import TEACHER, assert_same_numbers, assert_same_weights, lines, run
-from tests.support.tiny_llama import TIED, write_model, write_tokens
+from tests.support.tiny_llama import TIED, write_model
+from tests.support.trainings import TEACHER, assert_same_numbers, assert_same_weights, lines, run, write_files
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("snapshots")
-    return {"directory": directory, "tokens": str(write_tokens(directory / "tokens")),
-            "tied": str(write_model(TIED, directory / "tied")),
+    return {**write_files(directory, tied=TIED),
             **{name: str(write_model(TEACHER, directory / name, seed=seed))
-               for name, seed in (("teacher", 2), ("second", 3), ("third", 4))}}
+               for name, seed in (("second", 3), ("third", 4))}}
 
 
 @pytest.mark.parametrize(("layout", "teacher"), [("1x1", {}), ("pp2", {}), ("dp2", {"layout": "tp2"}),
