@@ -42,7 +42,8 @@ def test_sigterm_writes_a_resume_point_and_the_same_command_goes_on(halfway, und
 
 @pytest.mark.parametrize("other", [{"parallel__pp": 2}, {"parallel__dp": 2}])
 def test_interrupted_under_tp_2_it_goes_on_under_another_layout(other, halfway, undisturbed, inputs):
-    process, _ = start_and_wait(inputs, halfway, 12, parallel__tp=2)
+    # points every third step also slow the training down, so that the signal comes before its end
+    process, _ = start_and_wait(inputs, halfway, 12, parallel__tp=2, train__checkpoint_every_steps=3)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     (told,) = re.findall(r"stopped by SIGTERM after step (\d+) of 40", stderr)
