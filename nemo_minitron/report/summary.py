@@ -10,7 +10,7 @@ from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoint.families import read_arch
 
-_STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch"}
+_STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch", "aligned": "align"}
 
 
 def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
@@ -20,6 +20,8 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
     recovery = (pruned - distilled) / (pruned - teacher); excess = distilled - teacher, nats/token;
     excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. Each model's `tasks`, there where the
     recipe has some, are its scores by name of the task: all metrics, and under `metric` which of them to show.
+    `aligned` and every model's `answers`, the loss on each training's held-out answers (nats/token, and of how many),
+    are there after an alignment.
     """
     models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
     for model, stage in _STAGES.items():
@@ -32,6 +34,8 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
         "controls": {model: models[model] for model in ("scratch", "ce") if model in models},
         "recovery": None, "excess": None, "excess_vs_scratch": None,
     }
+    if "aligned" in models:
+        entry["aligned"] = models["aligned"]
     if "distilled" in loss:
         entry["recovery"] = _ratio(loss["pruned"] - loss["distilled"], loss["pruned"] - loss["teacher"])
         entry["excess"] = loss["distilled"] - loss["teacher"]
@@ -66,6 +70,8 @@ def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> 
             "num_parameters": arch.num_parameters(),
             "num_non_embedding_parameters": arch.num_non_embedding_parameters(),
             **{key: result.get(key) for key in ("tokens", "seconds", "tokens_per_s")},
+            **({"answers": {name: {key: found[key] for key in ("loss", "num_tokens")}
+                            for name, found in record["answers"].items()}} if record.get("answers") else {}),
             **({"tasks": record["tasks"]} if record.get("tasks") else {})}
 
 
