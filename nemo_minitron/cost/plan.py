@@ -103,8 +103,10 @@ def _round(recipe: Recipe, round_: Round) -> list[StageCost]:
                                bf16=recipe.step.bf16))
     stages.append(_training(recipe, round_.name, "distill", f"{round_.student.name} from {round_.teacher.name}",
                             [round_.student.arch], teacher, round_.tokens))
-    return [*stages, *(_training(recipe, round_.name, control, round_.student.name, [round_.student.arch], None,
-                                 round_.tokens) for control in recipe.controls)]
+    stages += [_training(recipe, round_.name, control, round_.student.name, [round_.student.arch], None, round_.tokens)
+               for control in recipe.controls]
+    return stages + [_training(dataclasses.replace(recipe, step=step), round_.name, "align", round_.student.name,
+                               [round_.student.arch], None, tokens) for tokens, step in recipe.aligned]
 
 
 def _training(recipe: Recipe, name: str, stage: str, what: str, students: list[ArchSpec], teacher: ArchSpec | None,
