@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import (
+    ALIGN_SOURCES,
     CONTROLS,
     KD_LOSSES,
     LAYER_METRICS,
     STAGES,
+    AlignConfig,
     ClusterConfig,
     Config,
     DistillConfig,
@@ -123,6 +125,8 @@ def _check(config: Config) -> None:
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed", "chat")),
         ("data.packing", config.data.packing, ("none", "documents")),
+        ("align.packing", config.align.packing, ("none", "documents")),
+        ("align.source", config.align.source, ALIGN_SOURCES),
         ("cluster.launcher", config.cluster.launcher, ("auto", "local", "srun")),
         ("importance.method", config.importance.method, ("activations", "magnitude", "random")),
         ("importance.batch", config.importance.batch, ("mean", "l2", "var")),
@@ -190,6 +194,7 @@ def _check(config: Config) -> None:
     _check_cluster(config.cluster)
     _check_tasks(config.evaluate)
     _check_generate(config.generate)
+    _check_align(config.align)
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ConfigError("bad run name", expected="a plain folder name", found=repr(config.name), key="name")
 
@@ -303,6 +308,29 @@ def _check_generate(generate: GenerateConfig) -> None:
     if not 0 < generate.top_p <= 1:
         raise ConfigError("bad value", expected="more than 0, at most 1", found=str(generate.top_p),
                           key="generate.top_p")
+
+
+def _check_align(align: AlignConfig) -> None:
+    """Names that are folders, sources that are known, and sizes that are some."""
+    names: list[str] = []
+    for number, phase in enumerate(align.phases):
+        key = f"align.phases[{number}]"
+        bad = not phase.name or "/" in phase.name or phase.name.startswith(".") or phase.name in (
+            "checkpoint", "tensorboard", *names)
+        if bad:
+            raise ConfigError("bad name of a phase", expected="a plain folder name that no other phase has",
+                              found=repr(phase.name), key=f"{key}.name")
+        if phase.source not in ALIGN_SOURCES:
+            raise ConfigError("bad value", expected=", ".join(ALIGN_SOURCES), found=repr(phase.source),
+                              key=f"{key}.source")
+        names.append(phase.name)
+    for key, node in [("align", align), *((f"align.phases[{at}]", phase) for at, phase in enumerate(align.phases))]:
+        for name in ("tokens", "seq_length", "global_batch_size", "micro_batch_size"):
+            if (size := getattr(node, name)) is not None and size < 1:
+                raise ConfigError("bad value", expected="a positive number", found=str(size), key=f"{key}.{name}")
+        for name in ("lr", "min_lr", "warmup_steps"):
+            if (rate := getattr(node, name)) is not None and not rate >= 0:
+                raise ConfigError("bad value", expected="zero or more", found=str(rate), key=f"{key}.{name}")
 
 
 def _first_lines(error: Exception) -> str:

@@ -23,7 +23,10 @@ from nemo_minitron.config_rounds import (
     TargetConfig,
 )
 from nemo_minitron.config_training import (
+    ALIGN_SOURCES,
     KD_LOSSES,
+    AlignConfig,
+    AlignPhaseConfig,
     CorrectConfig,
     DistillConfig,
     IntermediateConfig,
@@ -38,10 +41,13 @@ from nemo_minitron.config_training import (
 )
 
 __all__ = [
+    "ALIGN_SOURCES",
     "CONTROLS",
     "KD_LOSSES",
     "LAYER_METRICS",
     "STAGES",
+    "AlignConfig",
+    "AlignPhaseConfig",
     "BlendSource",
     "Config",
     "CorrectConfig",
@@ -67,7 +73,7 @@ __all__ = [
     "TrainConfig",
 ]
 STAGES = ("initialize", "correct", "score", "prune", "cache_teacher", "generate", "distill", "ce",
-          "scratch", "scratch_until", "evaluate", "report")
+          "scratch", "scratch_until", "align", "evaluate", "report")
 CONTROLS = ("ce", "scratch", "scratch_until")
 LAYER_METRICS = ("block_influence", "loss", "accuracy", "logit_mse", "removal_order")
 
@@ -362,6 +368,7 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
 
     @property
     def run_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""The nodes of the training stages: optimizer, steps, correction of the teacher, distillation."""
+"""The nodes of the training stages: optimizer, steps, correction of the teacher, distillation, alignment."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+ALIGN_SOURCES = ("file", "generate")
 KD_LOSSES = ("kl", "reverse_kl", "js", "mse", "cosine", "top_k_kl")
 
 
@@ -201,3 +202,55 @@ class DistillConfig:
     """How log-probabilities are stored: float16 or float32."""
     ce_weight: float = 0.0
     """Weight of the cross-entropy with the text, nats/token."""
+
+
+@dataclass
+class AlignPhaseConfig:
+    """A training of its own within the alignment, from the weights of the one before; null keeps what `align` says."""
+
+    name: str = MISSING
+    """Of its folder and of its loss in the summary."""
+    source: str = "file"
+    """As `align.source`."""
+    path: str | None = None
+    """Of its conversations; a relative path is below `align.path`, where that is given."""
+    tokens: int | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+    warmup_steps: int | None = None
+    seq_length: int | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+
+
+@dataclass
+class AlignConfig:
+    """Supervised fine-tuning on conversations: cross-entropy of their answers alone."""
+
+    model: str = "auto"
+    """What is tuned: distilled, pruned, teacher, a Hugging Face directory, or auto: distilled where the recipe has the
+    stage distill or no prune, else pruned."""
+    source: str = "file"
+    """Where conversations come from: file, or generate: the answers that the stage generate has written (SDG)."""
+    path: str | None = None
+    """JSON lines of `messages`, or a folder of such files, where `source` is file."""
+    chat_template: str | None = None
+    """A file with a Jinja template, which the tuned model takes along; null: that of the model's tokenizer."""
+    packing: str = "documents"
+    """documents: whole conversations side by side in a sample, attention inside each; none: one a sample."""
+    seq_length: int | None = None
+    """Tokens a sample; null: `data.seq_length`."""
+    num_heldout: int | None = None
+    """Last conversations of each source that are not trained on; null: `heldout_fraction`."""
+    heldout_fraction: float = 0.05
+    tokens: int = 1_000_000
+    """Places in samples, answers and all else, rounded up to whole steps."""
+    lr: float | None = None
+    """Peak learning rate; null, here and below: that of `optim`."""
+    min_lr: float | None = None
+    warmup_steps: int | None = None
+    global_batch_size: int | None = None
+    """Samples a step; null, here and below: that of `train`."""
+    micro_batch_size: int | None = None
+    phases: list[AlignPhaseConfig] = field(default_factory=list)
+    """Trainings one after another, each on its own conversations; none: one, as this node says."""

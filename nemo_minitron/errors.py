@@ -4,6 +4,8 @@ Every `UserError` ends the command with exit code 2 and its message on stderr, a
 worker process found it. Anything else is a defect of ours and ends with exit code 1 and a traceback.
 """
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake the user can mend: `expected`, `found` and `key` make up the one line that is shown."""
@@ -15,9 +17,12 @@ class UserError(Exception):
         if found:
             parts.append(f"found {found}")
         line = "; ".join(parts)
-        if key:
-            line += f" (change {key})"
-        super().__init__(" ".join(line.split()))
+        self.line, self.key = " ".join(line.split()), key
+        super().__init__(f"{self.line} (change {key})" if key else self.line)
+
+    def with_key(self, key: str) -> UserError:
+        """The same mistake, mended by another key: that of the node whose numbers were handed on."""
+        return type(self)(self.line, key=key)
 
 
 class ConfigError(UserError):

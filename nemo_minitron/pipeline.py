@@ -24,6 +24,7 @@ from nemo_minitron.launch.requeue import requeue
 from nemo_minitron.launch.workers import Stopped, run_workers
 from nemo_minitron.report.published import check_published
 from nemo_minitron.search.recipe import candidates_of, expected_candidate
+from nemo_minitron.stages.aligning import check_align
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
@@ -102,7 +103,10 @@ def check_recipe(context: Context) -> None:
     made = {"teacher": arch}
     for round_ in round_contexts(context):
         source = "teacher" if round_.source is None else round_.source.parent.parent.name
-        made[round_.part] = _check_round(round_, made[source], arch if round_.own_teacher is None else made[source])
+        teacher = arch if round_.own_teacher is None else made[source]
+        made[round_.part] = _check_round(round_, made[source], teacher)
+        if "align" in wanted_stages(round_):
+            check_align(round_, teacher, made[round_.part])
 
 
 def _check_round(context: Context, source: ArchSpec, teacher: ArchSpec) -> ArchSpec:

@@ -9,7 +9,8 @@ from pathlib import Path
 # What decides how text becomes token ids (the digest), and what else travels with it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
-COPIED_FILES = (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
+CHAT_TEMPLATE = "chat_template.jinja"
+COPIED_FILES = (*TOKENIZER_FILES, CHAT_TEMPLATE, "generation_config.json")
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

@@ -104,8 +104,10 @@ def _round(recipe: Recipe, round_: Round) -> list[StageCost]:
     stages.append(_training(recipe, round_.name, "distill", f"{round_.student.name} from {round_.teacher.name}",
                             [round_.student.arch], teacher, round_.tokens))
     tokens = {"scratch_until": round(round_.tokens * recipe.scratch_ratio)}  # at most
-    return [*stages, *(_training(recipe, round_.name, control, round_.student.name, [round_.student.arch], None,
-                                 tokens.get(control, round_.tokens)) for control in recipe.controls)]
+    stages += [_training(recipe, round_.name, control, round_.student.name, [round_.student.arch], None,
+                         tokens.get(control, round_.tokens)) for control in recipe.controls]
+    return stages + [_training(dataclasses.replace(recipe, step=step), round_.name, "align", round_.student.name,
+                               [round_.student.arch], None, tokens) for tokens, step in recipe.aligned]
 
 
 def _training(recipe: Recipe, name: str, stage: str, what: str, students: list[ArchSpec], teacher: ArchSpec | None,

@@ -67,6 +67,8 @@ class Recipe:
     cached: bool = False
     """The teacher's likeliest tokens are read from disk: no teacher in the step."""
     writes_cache: bool = False
+    aligned: tuple[tuple[int, Step], ...] = ()
+    """Tokens and step of every training that the alignment of a round's student has."""
     correct_tokens: int = 0
     score_samples: int = 0
     score_micro_batch: int = 1

@@ -92,4 +92,4 @@ def _keys(record: Any) -> str:
 
 
 def _bad(expected: str, found: str) -> DataError:
-    return DataError("not a conversation", expected=expected, found=found, key="the file")
+    return DataError("not a conversation", expected=expected, found=found, key="the file or data.path")

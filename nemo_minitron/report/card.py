@@ -16,6 +16,7 @@ _MADE = {
     "prune": "pruned, not trained after it",
     "distill": "pruned, then distilled from the teacher's logits (forward KL)",
     "ce": "pruned, then trained by cross-entropy (a control)",
+    "align": "fine-tuned on conversations by the cross-entropy of their answers",
     "scratch": "the pruned architecture from random weights, trained by cross-entropy (a control)",
     "scratch_until": "the pruned architecture from random weights, trained by cross-entropy for as long as it took (a "
                      "control)",
@@ -25,7 +26,8 @@ _MADE = {
 def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest | None],
                evaluated: Mapping[str, Mapping[str, Any]], config: Config) -> None:
     """Write `README.md` into the checkpoint `directory` made by `stage`; losses are nats/token on held-out text."""
-    record = evaluated[{"correct": "teacher", "prune": "pruned", "distill": "distilled"}.get(stage, stage)]
+    names = {"correct": "teacher", "prune": "pruned", "distill": "distilled", "align": "aligned"}
+    record = evaluated[names.get(stage, stage)]
     manifest = manifests[stage]
     assert manifest is not None
     arch = read_arch(directory)
@@ -49,6 +51,8 @@ def write_card(directory: Path, *, stage: str, manifests: Mapping[str, Manifest 
     if record["bits_per_byte"] is not None:
         loss += f"; {record['bits_per_byte']:.4f} bits/byte over {record['num_bytes']:,} bytes"
     lines.append(f"| held-out loss | {loss} |")
+    lines += [f"| held-out loss on answers, {name} | {found['loss']:.4f} nats/token over {found['num_tokens']:,} "
+              "tokens |" for name, found in record.get("answers", {}).items()]
     if config.data.path is None and not config.data.blend:
         lines.append(f"| `xz -9` on the same held-out files | {xz_bits_per_byte():.4f} bits/byte |")
     if stage != "correct":

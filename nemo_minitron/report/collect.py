@@ -20,7 +20,7 @@ STAGES = ("initialize", "correct", "score", "search", "prune", "cache_teacher", 
           "scratch_until", "align", "compare", "evaluate", "report")
 """In the order in which they run; other stage directories are not looked at."""
 
-TRAINED_STAGES = ("correct", "distill", "ce", "scratch", "scratch_until")
+TRAINED_STAGES = ("correct", "distill", "ce", "scratch", "scratch_until", "align")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,10 @@ class Importance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round. `models` has the keys teacher, pruned, distilled and those of controls, as far as they were measured.
+    """One round. `models` has the keys teacher, pruned, distilled, aligned and those of controls, as far as measured.
 
-    `tasks` has the scores of each task by the same keys.
+    `tasks` has the scores of each task by the same keys, `answers` the losses (nats/token) on the held-out answers of
+    each training of the alignment.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Round:
     histories: dict[str, History]
     manifests: dict[str, Manifest]
     tasks: dict[str, dict[str, TaskScore]] = dataclasses.field(default_factory=dict)
+    answers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     search: dict[str, Any] | None = None
     """`ranking.json` of the stage `search`."""
     scratch_token_ratio: float | None = None
@@ -135,12 +137,14 @@ def _has_stages(path: Path) -> bool:
 
 def _round(name: str, entry: dict[str, Any], output_dir: Path, problems: list[str]) -> Round:
     directory = output_dir / name
-    models = {key: _model(entry[key]) for key in ("teacher", "pruned", "distilled") if isinstance(entry.get(key), dict)}
+    models = {key: _model(entry[key]) for key in ("teacher", "pruned", "distilled", "aligned")
+              if isinstance(entry.get(key), dict)}
     controls = _as_dict(entry.get("controls"))
     models |= {key: _model(controls[key]) for key in ("ce", "scratch", "scratch_until")
                if isinstance(controls.get(key), dict)}
     until = _as_dict(controls.get("scratch_until"))
     tasks = _tasks({key: _as_dict({**entry, **controls}.get(key)).get("tasks") for key in models})
+    answers = _answers({key: _as_dict({**entry, **controls}.get(key)).get("answers") for key in models})
     manifests = {stage: manifest for stage in STAGES
                  if (manifest := _manifest(directory / stage, output_dir, problems)) is not None}
     histories = {stage: history for stage in TRAINED_STAGES
@@ -148,7 +152,7 @@ def _round(name: str, entry: dict[str, Any], output_dir: Path, problems: list[st
     ranking = _as_dict(_json(directory / "search" / "ranking.json", output_dir, problems)) or None
     plan = _plan(directory / "prune" / "plan.json", output_dir, problems)
     return Round(
-        name=name, models=models, histories=histories, manifests=manifests, tasks=tasks,
+        name=name, models=models, histories=histories, manifests=manifests, tasks=tasks, answers=answers,
         search=ranking,
         compared=_as_dict(_as_dict(entry.get("search")).get("compared")) or None,
         recovery=_number(entry.get("recovery")), excess=_number(entry.get("excess")),
@@ -172,6 +176,17 @@ def _tasks(by_model: dict[str, Any]) -> dict[str, dict[str, TaskScore]]:
             found.setdefault(task, {})[model] = TaskScore(
                 metric=str(data.get("metric")), value=_number(shown.get("value")), stderr=_number(shown.get("stderr")),
                 num_samples=_number(data.get("num_samples")), num_fewshot=_number(data.get("num_fewshot")))
+    return found
+
+
+def _answers(by_model: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Training of the alignment -> model -> loss, from each model's `answers`."""
+    found: dict[str, dict[str, float]] = {}
+    for model, answers in by_model.items():
+        for phase, data in _as_dict(answers).items():
+            loss = _number(_as_dict(data).get("loss"))
+            if loss is not None:
+                found.setdefault(phase, {})[model] = loss
     return found
 
 

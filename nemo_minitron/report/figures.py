@@ -54,6 +54,14 @@ def correction_curve(round_: Round) -> Html | None:
     return _cross_entropy([(history, "teacher", "circle")], None, title="Teacher correction")
 
 
+def alignment_curve(round_: Round) -> Html | None:
+    """Cross-entropy of answers while the student was fine-tuned on conversations."""
+    history = round_.histories.get("align")
+    if history is None:
+        return None
+    return _cross_entropy([(history, "aligned", "circle")], None, title="Alignment: cross-entropy of answers")
+
+
 def layer_importance(importance: Importance, plan: Plan | None) -> Html | None:
     """Block influence per layer, kept layers filled."""
     if importance.layers is None:

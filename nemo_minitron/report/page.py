@@ -130,6 +130,7 @@ def _round(experiment: Experiment, index: int) -> Html:
         figures.loss_ladder(round_) or "",
         tables.loss_table(round_, experiment) if round_.models else _missing("summary.json lists no loss yet."),
         *([tag("h3", "Tasks"), task_table(round_, experiment.published)] if round_.tasks else []),
+        *_alignment(round_),
         *search_section(round_),
         tag("h3", "Architecture"),
         tables.architecture_table(round_.plan.source, round_.plan.target) if round_.plan
@@ -143,6 +144,13 @@ def _round(experiment: Experiment, index: int) -> Html:
         tables.time_table(round_) if round_.manifests else _missing("No stage has finished yet."),
         id=f"round-{index}",
     )
+
+
+def _alignment(round_: Round) -> list[Html]:
+    """The alignment, where it was run."""
+    curve = figures.alignment_curve(round_)
+    shown = [tables.answers_table(round_) if round_.answers else None, curve]
+    return [tag("h3", "Alignment"), *[one for one in shown if one is not None]] if any(shown) else []
 
 
 def _tiles(round_: Round) -> Html:

@@ -115,6 +115,7 @@ def _stage(directory: Path, name: str, *, running: bool) -> StageStatus:
     if not (directory / "started.json").exists():
         return StageStatus(name=name, state="waiting")
     state = "running" if running else "stopped"
+    directory = _at_work(directory)
     lines = _lines(directory / "metrics.jsonl")
     total = read_json(directory / "progress.json")["steps"] if (directory / "progress.json").exists() else None
     points = sorted(directory.glob("resume/step_*/complete.json"))
@@ -127,6 +128,12 @@ def _stage(directory: Path, name: str, *, running: bool) -> StageStatus:
     eta = None if rate is None or total is None else round(rate * (total - last["step"]), 1)
     return StageStatus(name=name, state=state, step=last["step"], steps=total, seconds=last["seconds"], eta_s=eta,
                        loss=last["loss"], resume_step=resume)
+
+
+def _at_work(directory: Path) -> Path:
+    """The stage's folder; of an alignment, that of the training that it is at."""
+    begun = sorted(directory.glob("*/progress.json"), key=lambda path: path.stat().st_mtime)
+    return begun[-1].parent if begun else directory
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ CSS = """
   color-scheme: light dark;
   --paper: #ffffff; --ink: #1b2430; --soft: #586474; --rule: #dde2e8; --grid: #eceff3; --wash: #f6f8fa;
   --teacher: #14795a; --pruned: #bf3545; --distilled: #1f5fc4; --ce: #ad5a00; --scratch: #7b4fa3;
+  --aligned: #8a6a00;
   --heat-0: #0f2f66; --heat-1: #2456a3; --heat-2: #5585cb; --heat-3: #93b4e2; --heat-4: #c6d8f0; --heat-5: #e6eef8;
   --cut: #d03b2f; --kept: #1f5fc41a;
 }
@@ -12,6 +13,7 @@ CSS = """
   :root {
     --paper: #12161c; --ink: #e4e9ef; --soft: #98a4b3; --rule: #2e3742; --grid: #222a34; --wash: #191f27;
     --teacher: #4cc398; --pruned: #f07a85; --distilled: #6ea6ff; --ce: #eda24f; --scratch: #bb94e0;
+    --aligned: #d8bd4a;
     --heat-0: #d8e7ff; --heat-1: #9cc1f7; --heat-2: #6596dc; --heat-3: #3f6bab; --heat-4: #2b4a78; --heat-5: #1f3048;
     --cut: #ff7a6b; --kept: #6ea6ff24;
   }
@@ -87,7 +89,7 @@ svg .label { fill: currentColor; }
 .heat-0 { fill: var(--heat-0); } .heat-1 { fill: var(--heat-1); } .heat-2 { fill: var(--heat-2); }
 .heat-3 { fill: var(--heat-3); } .heat-4 { fill: var(--heat-4); } .heat-5 { fill: var(--heat-5); }
 .teacher { color: var(--teacher); } .pruned { color: var(--pruned); } .distilled { color: var(--distilled); }
-.ce { color: var(--ce); } .scratch, .scratch_until { color: var(--scratch); }
+.ce { color: var(--ce); } .scratch, .scratch_until { color: var(--scratch); } .aligned { color: var(--aligned); }
 
 @media screen and (max-width: 640px) {
   body { padding: 1.4rem 1rem 3rem; }

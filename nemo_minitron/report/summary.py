@@ -11,7 +11,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoint.families import read_arch
 
 _STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch",
-           "scratch_until": "scratch_until"}
+           "scratch_until": "scratch_until", "aligned": "align"}
 
 
 def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
@@ -22,7 +22,8 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
     excess_vs_scratch = excess / (scratch - teacher) at equal training tokens. `controls.scratch_until` has also
     `token_ratio`, its training tokens over those of the distillation, and whether it `reached` that loss. Each model's
     `tasks`, there where the recipe has some, are its scores by name of the task: all metrics, and under `metric` which
-    of them to show.
+    of them to show. `aligned` and every model's `answers`, the loss on each training's held-out answers (nats/token,
+    and of how many), are there after an alignment.
     """
     models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
     for model, stage in _STAGES.items():
@@ -38,6 +39,8 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
     until = manifests.get("scratch_until")
     if "scratch_until" in models and until is not None:
         models["scratch_until"] |= {name: until.result[name] for name in ("token_ratio", "reached")}
+    if "aligned" in models:
+        entry["aligned"] = models["aligned"]
     if "distilled" in loss:
         entry["recovery"] = _ratio(loss["pruned"] - loss["distilled"], loss["pruned"] - loss["teacher"])
         entry["excess"] = loss["distilled"] - loss["teacher"]
@@ -72,6 +75,8 @@ def _model(path: Path, manifest: Manifest | None, record: Mapping[str, Any]) -> 
             "num_parameters": arch.num_parameters(),
             "num_non_embedding_parameters": arch.num_non_embedding_parameters(),
             **{key: result.get(key) for key in ("tokens", "seconds", "tokens_per_s")},
+            **({"answers": {name: {key: found[key] for key in ("loss", "num_tokens")}
+                            for name, found in record["answers"].items()}} if record.get("answers") else {}),
             **({"tasks": record["tasks"]} if record.get("tasks") else {})}
 
 

@@ -13,8 +13,9 @@ from nemo_minitron.report.collect import Experiment, ModelFigures, Round
 from nemo_minitron.report.markup import Html, join, tag
 
 MODEL_NAMES = {"teacher": "teacher", "pruned": "pruned", "distilled": "distilled", "ce": "CE control",
-               "scratch": "from scratch", "scratch_until": "from scratch, on"}
-MODEL_OF_STAGE = {"distill": "distilled", "ce": "ce", "scratch": "scratch", "scratch_until": "scratch_until"}
+               "scratch": "from scratch", "scratch_until": "from scratch, on", "aligned": "aligned"}
+MODEL_OF_STAGE = {"distill": "distilled", "ce": "ce", "scratch": "scratch", "scratch_until": "scratch_until",
+                  "align": "aligned"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def loss_table(round_: Round, experiment: Experiment) -> Html:
     rows = []
     for key, name in MODEL_NAMES.items():
         model = round_.models.get(key)
-        if model is None and key == "scratch_until":
+        if model is None and key in ("scratch_until", "aligned"):
             continue
         if model is None:
             words = join(["not run; ", tag("code", "make controls"), " adds it"]) if key in ("ce", "scratch") \
@@ -66,7 +67,19 @@ def loss_table(round_: Round, experiment: Experiment) -> Html:
     caption = (f"{same} Excess is the loss above the teacher's. The CE control is the same pruned model trained "
                "with plain cross-entropy instead of distillation; from scratch is the same architecture with "
                "random initial weights.")
+    if "aligned" in round_.models:
+        caption += " The aligned model was tuned on conversations: its loss on this text is not what it was tuned for."
     return table(headers, rows, caption=caption)
+
+
+def answers_table(round_: Round) -> Html:
+    """Loss of every model on the held-out answers of each training of the alignment, in the order of training."""
+    headers = [("model", ""), *[(phase, "nats/token") for phase in round_.answers]]
+    rows = [Row(name, [formats.loss(losses.get(key)) for losses in round_.answers.values()],
+                class_="strong" if key == "aligned" else None)
+            for key, name in MODEL_NAMES.items() if any(key in losses for losses in round_.answers.values())]
+    return table(headers, rows, caption="Cross-entropy of held-out answers, over the answers' tokens; each column is a "
+                                        "training of the alignment, in their order, with its own conversations.")
 
 
 def architecture_table(source: ArchSpec, target: ArchSpec) -> Html:

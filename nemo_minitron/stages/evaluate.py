@@ -1,5 +1,6 @@
 """Stage `evaluate`: held-out loss of every model of the run, on the same tokens, and its scores in the recipe's tasks.
 
+After an alignment also the loss of every model on the answers that were held out of it.
 One JSON file a model; what has been measured before, on the same weights and tokens or questions, is not measured
 again. A task's scores are written as soon as they are there.
 """
@@ -11,18 +12,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import Checkpoint, digest_json, read_json, write_json
+from nemo_minitron.artifacts import Checkpoint, digest_files, digest_json, read_json, write_json
+from nemo_minitron.checkpoint.directory import tokenizer_files
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.evaluate.live import LiveModel
 from nemo_minitron.evaluate.loss import heldout_loss
 from nemo_minitron.evaluate.tasks import run_task, task_key
 from nemo_minitron.model.build import load_model, transformer_config
+from nemo_minitron.stages.aligning import align_phases, phase_context
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import RecipeData, prepared_data, split_samples
 from nemo_minitron.stages.registry import is_current
 
 MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch",
-          "scratch_until": "scratch_until"}
+          "scratch_until": "scratch_until", "aligned": "align"}
 """Name of each model in the summary -> the stage that made it; the teacher comes first."""
 
 
@@ -39,6 +42,8 @@ def run(context: Context) -> dict[str, Any]:
     for name, record in records.items():
         bits = "" if record["bits_per_byte"] is None else f", {record['bits_per_byte']:.4f} bits/byte"
         context.say(f"[evaluate] {name:<10} {record['loss']:.4f} nats/token{bits}")
+        for phase, answers in record["answers"].items():
+            context.say(f"[evaluate] {name:<10} {answers['loss']:.4f} nats/token of answers ({phase})")
         for task, scores in record["tasks"].items():
             shown = scores["metrics"][scores["metric"]]
             error = "" if shown["stderr"] is None else f" +- {shown['stderr']:.4f}"
@@ -59,12 +64,37 @@ def _measure(context: Context, name: str, checkpoint: Checkpoint) -> dict[str, A
     known = context.share(known)
     record: dict[str, Any] = dict(known) if known.items() >= key.items() else key | _loss(context, checkpoint, prepared)
     record["measured"] = known.get("measured", {})
+    same = known.get("weights_digest") == checkpoint.weights_digest
+    record["answers"] = _answers(context, checkpoint, known.get("answers", {}) if same else {})
     context.barrier()
     if context.rank == 0:
         write_json(path, record)
     record = _with_tasks(context, checkpoint, record, path)
     context.barrier()
     return record
+
+
+def _answers(context: Context, checkpoint: Checkpoint, known: dict[str, Any]) -> dict[str, Any]:
+    """Loss on the held-out conversations of each training of the alignment, nats/token over their answers' tokens.
+
+    None before an alignment, or of a model with another tokenizer. What is in `known` is not measured again.
+    """
+    aligned = context.stage_dir(MODELS["aligned"]) / "checkpoint"
+    tokenizer: str | None = context.share(
+        digest_files(tokenizer_files(aligned)) if context.rank == 0 and is_current(context, "align") else None)
+    found: dict[str, Any] = {}
+    if tokenizer != checkpoint.tokenizer_digest:
+        return found
+    for number, phase in enumerate(align_phases(context.config)):
+        tuned = phase_context(context, number)
+        prepared = prepared_data(tuned, aligned, checkpoint.arch)
+        key = {"data_digest": prepared.digest, "seq_length": phase.seq_length}
+        measured = known.get(phase.name, {})
+        if not measured.items() >= key.items():
+            loss = _loss(tuned, checkpoint, prepared)
+            measured = key | {"loss": loss["loss"], "num_tokens": loss["num_tokens"]}
+        found[phase.name] = measured
+    return found
 
 
 def _with_tasks(context: Context, checkpoint: Checkpoint, record: dict[str, Any], path: Path) -> dict[str, Any]:

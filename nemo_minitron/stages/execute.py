@@ -66,7 +66,8 @@ def _enter(context: Context, name: str) -> None:
     if directory.exists() and not goes_on and not STAGES[name].keeps_files:
         marker.unlink(missing_ok=True)
         shutil.rmtree(directory)
-    if goes_on and before.get("threads") != mark["threads"] and (directory / "resume").exists():
+    trains = any(point.exists() for point in (directory / "resume", *directory.glob("*/resume")))  # or a part of it
+    if goes_on and before.get("threads") != mark["threads"] and trains:
         context.say(f"[{name}] {mark['threads']} threads instead of {before.get('threads')}: the result will be equal "
                     f"to rounding, not to the bit (parallel.num_threads)")
     write_json(marker, mark)

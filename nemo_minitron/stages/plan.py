@@ -20,6 +20,7 @@ from nemo_minitron.cost.table import print_plan, refusal
 from nemo_minitron.errors import ConfigError, LayoutError
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.search.recipe import candidates_of, expected_candidate
+from nemo_minitron.stages.aligning import align_phases, start_of
 from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.targets import resolved_target
 from nemo_minitron.training.budget import check_warmup, num_steps
@@ -78,7 +79,7 @@ def planned(config: Config) -> Recipe:
         gpu=gpu_named(config.plan.gpu), utilisation=config.plan.utilisation,
         controls=tuple(config.controls), scratch_ratio=config.scratch_until.max_ratio,
         cached=config.distill.cached, writes_cache="cache_teacher" in config.stages,
-        correct_tokens=config.correct.tokens if correct else 0,
+        aligned=_aligned(config, step), correct_tokens=config.correct.tokens if correct else 0,
         score_samples=config.importance.num_samples if "score" in config.stages else 0,
         score_micro_batch=config.importance.micro_batch_size,
         baseline=None if baseline.tokens is None else Baseline(name=baseline.name or "no name given",
@@ -87,6 +88,14 @@ def planned(config: Config) -> Recipe:
     for model in recipe.models():
         layout.check(model.arch, name=model.name, seq_length=step.seq_length)
     return recipe
+
+
+def _aligned(config: Config, step: Step) -> tuple[tuple[int, Step], ...]:
+    """Tokens and step of the alignment's trainings; none where there is no such stage, or it tunes no student."""
+    if "align" not in config.stages or start_of(config) not in ("distill", "prune"):
+        return ()
+    return tuple((phase.tokens, dataclasses.replace(step, simple_loss=True, **phase.of(Step)))
+                 for phase in align_phases(config))
 
 
 def _teacher_arch(config: Config) -> ArchSpec:

@@ -18,6 +18,7 @@ from nemo_minitron.data.source import resolve_kind, source_digest
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.evaluate.tasks import task_key
 from nemo_minitron.importance.scores import scores_digest
+from nemo_minitron.stages.aligning import MODEL, align_inputs, what_is_tuned_on
 from nemo_minitron.stages.context import Context
 
 TEACHER = "teacher"
@@ -73,14 +74,15 @@ STAGES: dict[str, Stage] = {
     "scratch": Stage(function="controls:run_scratch", inputs=("prune",), config=(*_TRAINING, "distill")),
     "scratch_until": Stage(function="controls:run_scratch_until", inputs=("prune", "distill"),
                            config=(*_TRAINING, "scratch_until")),
+    "align": Stage(function="align:run", config=("optim", "train", "seed", "align")),
     "compare": Stage(function="compare:run", inputs=(TEACHER, SOURCE, "score", "search"), keeps_files=True,
                      config=(*_TRAINING, "distill", "prune", "importance")),
     "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data", "evaluate"), keeps_files=True,
-                      optional_inputs=("prune", "distill", "ce", "scratch", "scratch_until")),
+                      optional_inputs=("prune", "distill", "ce", "scratch", "scratch_until", "align")),
     "report": Stage(function="report:run", inputs=("evaluate",), config=("evaluate",), ranks=False, keeps_files=True,
                     products=("summary.json", "report.html"),
-                    optional_inputs=("score", "search", "prune", "distill", "ce", "scratch", "scratch_until", "compare",
-                                     "correct")),
+                    optional_inputs=("score", "search", "prune", "distill", "ce", "scratch", "scratch_until", "align",
+                                     "compare", "correct")),
 }
 """In the order in which they run."""
 
@@ -160,9 +162,17 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
             part["distill"].pop("cache_dtype")
         if part["distill"]["loss"] != "top_k_kl":
             part["distill"].pop("top_k")
+    if stage == "align":  # sizes and learning rate are those of its trainings
+        part["align"] = what_is_tuned_on(context.config)
+        part["optim"] = _without(part["optim"], "lr", "min_lr", "warmup_steps")
+        part["train"] = _without(part["train"], "global_batch_size", "micro_batch_size")
     if stage in ("ce", "scratch"):
         part["distill"] = {key: part["distill"][key] for key in ("tokens", "phases")}
     return part
+
+
+def _without(node: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in names}
 
 
 def _what_is_read(data: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +206,12 @@ def _how_it_is_ranked(context: Context) -> dict[str, Any]:
 
 
 def needed_inputs(context: Context, stage: str) -> tuple[str, ...]:
-    """The inputs that must be there; of `prune` also what a search chose, where the recipe has one."""
+    """The inputs that must be there; of `prune` also what a search chose, where the recipe has one.
+
+    Those of `align` are the recipe's choice.
+    """
+    if stage == "align":
+        return align_inputs(context.config)
     searched = ("search",) if stage == "prune" and context.config.search.is_set() else ()
     return (*STAGES[stage].inputs, *searched)
 
@@ -209,6 +224,8 @@ def input_digests(context: Context, stage: str) -> dict[str, str] | None:
         digest: str | None
         if name in (TEACHER, SOURCE, "start"):
             digest = _model_digest(context, name)
+        elif name == MODEL:
+            digest = outside_digest(Path(context.config.align.model))
         elif name == "score" and context.config.prune.student is not None:
             digest = outside_digest(Path(context.config.prune.student))
         elif name == "score" and context.config.prune.scores is not None:

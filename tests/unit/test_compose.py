@@ -101,7 +101,7 @@ def test_rounds_have_targets_of_their_own(override):
 
 @pytest.mark.parametrize(("override", "named"), [
     ("plan.gpu=tpu", "plan.gpu"), ("search.tokens=-1", "search.tokens"),
-    ("experiment=nope", "demo, demo_rounds"), ("data=nope", "default, stories"), ("prune=3", "prune"),
+    ("experiment=nope", "demo, demo_align, demo_rounds"), ("data=nope", "default, stories"), ("prune=3", "prune"),
     ("tokens=3", "'tokens'"), ("distill.token=3", "distill.token"), ("+distill.token=3", "distill.token"),
     ("distill.tokens=few", "distill.tokens"), ("distill.tokens=-1", "distill.tokens"), ("optim.lr=nan", "optim.lr"),
     ("optim.warmup_steps=-1", "optim.warmup_steps"), ("parallel.tp=0", "parallel.tp"), ("data.kind=xml", "data.kind"),

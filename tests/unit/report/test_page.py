@@ -289,3 +289,31 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 def test_no_directory_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results to report"):
         write_report(tmp_path / "absent")
+
+
+def test_an_alignment_has_a_row_a_table_and_a_curve(tmp_path: Path) -> None:
+    """Losses on answers are a table of their own: those of text are on other tokens."""
+    directory = build_outputs(tmp_path, controls=False)
+    data = json.loads((directory / "summary.json").read_text())
+    entry = data["rounds"][0]
+    answers = {"distilled": (3.25, 4.5), "aligned": (1.125, 2.0)}
+    entry["aligned"] = model(TARGET, 2.5049, 4e5)
+    for name, losses in answers.items():
+        entry[name]["answers"] = {phase: {"loss": loss, "num_tokens": 77}
+                                  for phase, loss in zip(("code", "chat"), losses, strict=True)}
+    write_json(directory / "summary.json", data)
+    lines = [{"step": step, "tokens": 100 * step, "loss": 4 - step / 10, "ce": 4 - step / 10} for step in range(1, 21)]
+    (directory / "r1" / "align").mkdir()
+    (directory / "r1" / "align" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = write_report(directory)
+    rows = [row for row in table_rows(path) if row[0] in ("distilled", "aligned")]
+    assert [row[1:3] for row in rows] == [["1.805", "+0.250"], ["2.505", "+0.950"], ["3.250", "4.500"],
+                                          ["1.125", "2.000"]]
+    said = "".join(check(path).words)
+    assert "Alignment: cross-entropy of answers" in said
+    assert "its loss on this text is not what it was tuned for" in said
+
+
+def test_without_an_alignment_the_page_does_not_speak_of_it(tmp_path: Path) -> None:
+    said = "".join(check(write_report(build_outputs(tmp_path))).words)
+    assert "lignment" not in said and "aligned" not in said

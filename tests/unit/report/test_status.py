@@ -1,5 +1,6 @@
 import fcntl
 import json
+import os
 import subprocess
 import sys
 
@@ -81,3 +82,16 @@ def test_from_the_command_without_torch(run_dir):
 def test_no_such_run(arguments, capsys):
     assert main(arguments) == 2
     assert "outputs/NAME" in capsys.readouterr().err
+
+
+def test_an_alignment_at_work_is_where_its_newest_training_is(run_dir):
+    (run_dir / "config.yaml").write_text("stages: [score, align]\n")
+    align = run_dir / "round1" / "align"
+    for number, name in enumerate(("code", "chat")):
+        (align / name).mkdir(parents=True)
+        write_json(align / name / "progress.json", {"steps": 10 + number})
+        os.utime(align / name / "progress.json", (1000 + number, 1000 + number))
+        (align / name / "metrics.jsonl").write_text(json.dumps({"step": 4 + number, "loss": 2.5, "seconds": 1}) + "\n")
+    write_json(align / "started.json", {})
+    found = stages(run_dir)["align"]
+    assert (found["state"], found["step"], found["steps"], found["loss"]) == ("stopped", 5, 11, 2.5)

@@ -88,8 +88,18 @@ def test_stages_decide_what_is_counted():
     assert stages("controls=[ce,scratch]") == [("score", False), ("distill", True), ("ce", False), ("scratch", False)]
     cached = "stages=[prune,cache_teacher,distill]", "distill.cached=true", "distill.loss=top_k_kl"
     assert stages(*cached) == [("cache_teacher", False), ("distill", False)]
+    assert stages("stages=[score,prune,distill,align]", "align.path=x") == [
+        ("score", False), ("distill", True), ("align", False)]
+    assert stages("stages=[score,prune,distill,align]", "align.model=teacher") == stages()
     recipe = planned(load_config(["experiment=demo_teacher"]))
     assert [stage.stage for stage in plan_of(recipe).stages] == ["correct"]
+
+
+def test_every_training_of_an_alignment_has_a_row_of_its_own_size():
+    recipe = planned(load_config(["experiment=demo_align"]))
+    first, second = plan_of(recipe).stages[-2:]
+    assert (first.stage, first.tokens, second.tokens) == ("align", 120_000, 24_000)
+    assert first.steps == -(-120_000 // (8 * 256)) and second.steps == -(-24_000 // (8 * 256))
 
 
 def test_a_round_prunes_what_an_earlier_one_made():

@@ -212,3 +212,67 @@ def test_text_is_known_by_content_not_by_place(context, tmp_path):
     assert due_stages(there) == []
     (tmp_path / "there" / "a.txt").write_text("other text")
     assert "score" in due_stages(there)
+
+
+@pytest.fixture
+def aligned(context, tmp_path):
+    """The recipe with the teacher's answers and an alignment on them and on a file; all of it has run."""
+    for name, text in (("prompts", '{"prompt": "a"}'), ("chat", "{}"), ("template", "{{ messages }}")):
+        (tmp_path / name).write_text(text)
+    phases = [{"name": "chat", "path": str(tmp_path / "chat")}, {"name": "sdg", "source": "generate"}]
+    found = changed(context, stages=[*DEFAULT, "generate", "align"], controls=[])
+    data = found.config.to_dict()
+    data["generate"]["prompts"] = str(tmp_path / "prompts")
+    data["align"] |= {"phases": phases, "chat_template": str(tmp_path / "template")}
+    found = Context(config=config_from_dict(data))
+    finish(found, *wanted_stages(found))
+    return found
+
+
+TUNED = ["align", "evaluate", "report"]
+
+
+def test_an_alignment_runs_after_what_it_reads(aligned):
+    assert wanted_stages(aligned) == ["score", "prune", "generate", "distill", *TUNED]
+    assert set(registry.input_digests(aligned, "align")) == {"distill", "generate"}
+    assert due_stages(aligned) == []
+
+
+@pytest.mark.parametrize(("key", "value", "due"), [
+    ("align.tokens", 5, TUNED), ("align.lr", 0.5, TUNED), ("align.packing", "none", TUNED),
+    ("align.heldout_fraction", 0.5, TUNED), ("align.seq_length", 16, TUNED), ("align.model", "pruned", TUNED),
+    ("align.source", "generate", []), ("align.path", "/elsewhere", []),
+    ("generate.max_new_tokens", 5, ["generate", *TUNED]), ("distill.kd_weight", 0.5, ["distill", *TUNED]),
+])
+def test_a_change_makes_the_alignment_due_where_it_depends_on_it(key, value, due, aligned):
+    """Its own source and path say nothing where it has phases."""
+    assert due_stages(changed(aligned, key, value)) == due
+
+
+@pytest.mark.parametrize(("name", "due"), [("chat", TUNED), ("template", TUNED), ("prompts", ["generate", *TUNED])])
+def test_conversations_and_template_are_known_by_content(name, due, aligned, tmp_path):
+    (tmp_path / name).write_text('{"prompt": "another"}')
+    assert due_stages(aligned) == due
+
+
+def test_a_learning_rate_that_the_alignment_has_of_its_own(aligned):
+    own = changed(aligned, "align.lr", 0.25)
+    finish(own, *wanted_stages(own))
+    assert due_stages(own) == []
+    other = changed(own, "optim.lr", 0.5)
+    assert registry.stage_config(other, "align") == registry.stage_config(own, "align")
+
+
+def test_an_alignment_without_the_teachers_answers_is_refused(aligned):
+    alone = changed(aligned, stages=[*DEFAULT, "align"], name="new")
+    with pytest.raises(ConfigError, match=r"align lacks.*expected generate among the stages.*change stages"):
+        check_inputs(alone, due_stages(alone))
+
+
+def test_a_model_from_elsewhere_is_known_by_content(aligned, tmp_path):
+    write_llama(UNTIED, tmp_path / "other", seed=4)
+    other = changed(aligned, "align.model", str(tmp_path / "other"))
+    finish(other, *wanted_stages(other))
+    assert due_stages(other) == [] and due_stages(changed(other, "distill.kd_weight", 0.5)) == ["distill", *TUNED[1:]]
+    write_llama(UNTIED, tmp_path / "other", seed=5)
+    assert due_stages(other) == TUNED
