@@ -142,6 +142,7 @@ def _check(config: Config) -> None:
     )
     choices += tuple(("importance.depth.metrics", value, ("loss", "accuracy", "logit_mse"))
                      for value in config.importance.depth.metrics)
+    choices += tuple(("train.loggers", value, ("wandb", "mlflow")) for value in config.train.loggers)
     choices += tuple(("importance.norms", value, ("input", "pre_mlp", "final")) for value in config.importance.norms)
     for key, value, choice in choices:
         if value not in choice:
