@@ -67,6 +67,11 @@ def run_workers(config: Config, stages: list[str], *, processes: int, command: s
         raise_worker_error(job_dir, errors)
 
 
+def log_dir(job_dir: Path) -> Path:
+    """`outputs/NAME/logs`, where every rank has a log."""
+    return job_dir.parent / "logs"
+
+
 def _wait_for_earlier_ranks(job_dir: Path) -> None:
     """Ranks hold a shared lock as long as they live: those of a run whose launcher was killed may need a while."""
     with open(job_dir / ".ranks", "w") as file:
