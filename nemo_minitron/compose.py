@@ -148,7 +148,7 @@ def _check(config: Config) -> None:
         if value not in choice:
             raise ConfigError("bad value", expected=", ".join(choice), found=repr(value), key=key)
     positive = {
-        "parallel": ("tp", "pp", "dp", "timeout_s"),
+        "parallel": ("tp", "pp", "dp", "timeout_s", "stall_s"),
         "data": ("seq_length",),
         "importance": ("num_samples", "micro_batch_size", "iterations"),
         "importance.depth": ("num_samples",),

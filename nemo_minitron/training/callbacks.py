@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.launch import signals
+from nemo_minitron.launch import signals, standing
 from nemo_minitron.parallel.cpu import cuda_is_available
 from nemo_minitron.training.module import TrainingModule, reduced_step_means
 from nemo_minitron.training.throughput import peak_memory_mib
@@ -123,6 +123,18 @@ class Meters(pl.Callback):
         """Close the trackers: after a signal the same training is to go on."""
         if self.trackers is not None:
             self.trackers.close("stopped" if isinstance(exception, signals.Stop) else "failed")
+
+
+class Standing(pl.Callback):
+    """Says that a step is at work, which must not take long; comes first, so that what others do after it may."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The next step begins."""
+        standing.begin_step(trainer.global_step + 1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """It is done."""
+        standing.rest()
 
 
 class HeldOut(pl.Callback):

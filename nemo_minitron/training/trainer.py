@@ -23,7 +23,7 @@ from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.training.budget import Phase, check_warmup
-from nemo_minitron.training.callbacks import HeldOut, Meters, deterministic_cpu
+from nemo_minitron.training.callbacks import HeldOut, Meters, Standing, deterministic_cpu
 from nemo_minitron.training.environment import JoinedRanks, processes
 from nemo_minitron.training.limits import Profiler, StopEarly
 from nemo_minitron.training.module import TrainingModule
@@ -126,7 +126,7 @@ def fit(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
-        callbacks=[finite, Profiler(train.profile, directory / "profile"), meters, StopEarly(stop, meters),
+        callbacks=[Standing(), finite, Profiler(train.profile, directory / "profile"), meters, StopEarly(stop, meters),
                    *callbacks, held_out, points],
     )
     resume = point_to_go_on_from(directory / "resume", label=label)
