@@ -20,7 +20,7 @@ from nemo_minitron.launch import signals, standing
 from nemo_minitron.parallel.cpu import cuda_is_available
 from nemo_minitron.training.module import TrainingModule, reduced_step_means
 from nemo_minitron.training.throughput import peak_memory_mib
-from nemo_minitron.training.trackers import Trackers
+from nemo_minitron.training.trackers import Trackers, numbers
 
 
 class Meters(pl.Callback):
@@ -106,7 +106,7 @@ class Meters(pl.Callback):
         """Append one line (rank 0), whose numbers the trackers get too."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        values = {f"{self.label}/{name}": float(value) for name, value in line.items() if name != "step"}
+        values = numbers(line, self.label)
         if self._tensorboard is not None:
             self._tensorboard.log_metrics(values, line["step"])
         if self.trackers is not None:

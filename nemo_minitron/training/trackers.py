@@ -242,6 +242,12 @@ class _Sender(threading.Thread):
         return True
 
 
+def numbers(line: Mapping[str, Any], label: str) -> dict[str, float]:
+    """The numbers of a line of meters but its step, as LABEL/NAME; text stays in `metrics.jsonl`."""
+    return {f"{label}/{name}": float(value) for name, value in line.items()
+            if name != "step" and isinstance(value, int | float)}
+
+
 def without_secrets(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """`text` in one line, without the values of the environment's keys and what stands before the @ of an address."""
     for name, value in environ.items():

@@ -9,7 +9,7 @@ import pytest
 from nemo_minitron.artifacts import read_json
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.training import trackers
-from nemo_minitron.training.trackers import Subject, Trackers, check_loggers, without_secrets
+from nemo_minitron.training.trackers import Subject, Trackers, check_loggers, numbers, without_secrets
 
 KEY = "0123456789secret"
 
@@ -35,6 +35,11 @@ def test_secrets_are_taken_out():
     text = f"GET https://me:{KEY}@server/api\nwith {KEY} failed"
     assert without_secrets(text, {}) == f"GET https://***@server/api with {KEY} failed"
     assert without_secrets(text, {"WANDB_API_KEY": KEY}) == "GET https://***@server/api with *** failed"
+
+
+def test_the_numbers_of_a_line():
+    line = {"step": 5, "tokens": 640, "loss": 0.5, "phase": "second", "heldout_ce": None}
+    assert numbers(line, "distill") == {"distill/tokens": 640.0, "distill/loss": 0.5}
 
 
 @pytest.fixture
