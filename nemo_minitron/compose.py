@@ -146,12 +146,13 @@ def _check(config: Config) -> None:
     )
     choices += tuple(("importance.depth.metrics", value, ("loss", "accuracy", "logit_mse"))
                      for value in config.importance.depth.metrics)
+    choices += tuple(("train.loggers", value, ("wandb", "mlflow")) for value in config.train.loggers)
     choices += tuple(("importance.norms", value, ("input", "pre_mlp", "final")) for value in config.importance.norms)
     for key, value, choice in choices:
         if value not in choice:
             raise ConfigError("bad value", expected=", ".join(choice), found=repr(value), key=key)
     positive = {
-        "parallel": ("tp", "pp", "dp", "timeout_s"),
+        "parallel": ("tp", "pp", "dp", "timeout_s", "stall_s"),
         "data": ("seq_length",),
         "importance": ("num_samples", "micro_batch_size", "iterations"),
         "importance.depth": ("num_samples",),

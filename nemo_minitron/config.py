@@ -173,6 +173,9 @@ class ParallelConfig:
     """CPU threads a process; null: all cores shared evenly."""
     timeout_s: int = 600
     """Longest time a collective may wait, seconds."""
+    stall_s: int | None = None
+    """Longest time a micro-batch may take, seconds: then every rank says where it stands, and the job fails; null:
+    `timeout_s`."""
 
 
 @dataclass

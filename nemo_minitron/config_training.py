@@ -76,6 +76,8 @@ class TrainConfig:
     """Of the training stages: 32, or bf16-mixed (bf16 with fp32 master weights). The others run in fp32."""
     log_every_steps: int = 10
     """Steps between two lines of progress."""
+    loggers: list[str] = field(default_factory=list)
+    """Where the meters go besides `metrics.jsonl` and TensorBoard: wandb, mlflow; keys come from the environment."""
     eval_every_steps: int = 100
     """Steps between two looks at held-out data; 0: none."""
     eval_samples: int = 64

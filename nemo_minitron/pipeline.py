@@ -33,6 +33,7 @@ from nemo_minitron.stages.rounds import round_contexts, search_optim, search_ste
 from nemo_minitron.stages.targets import check_depth, check_layer_metric, how_to_rank, resolved_target
 from nemo_minitron.stages.teaching import intermediate_terms, relation_heads, teacher_layout
 from nemo_minitron.training.budget import check_warmup, plan_phases
+from nemo_minitron.training.trackers import check_loggers
 
 
 def run(config: Config, arguments: list[str]) -> None:
@@ -78,6 +79,7 @@ def check_recipe(context: Context) -> None:
         UserError: a missing or unusable teacher, a target, layout, batch or warm-up that does not fit.
     """
     config, layout = context.config, context.layout
+    check_loggers(config.train.loggers)
     if is_srun(config.cluster):
         placement(config.cluster, layout.world_size)
     if config.rounds and config.cluster.jobs:

@@ -14,14 +14,18 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.errors import ConfigError, UserError
-from nemo_minitron.launch import signals
+from nemo_minitron.launch import signals, standing
+from nemo_minitron.launch.rank_log import RankLog
 from nemo_minitron.launch.slurm_env import torch_variables
-from nemo_minitron.launch.workers import RECORD, check_token
+from nemo_minitron.launch.watch import Watch, leave_record, wait_for_others
+from nemo_minitron.launch.workers import RECORD, check_token, log_dir, num_ranks
 from nemo_minitron.training.resume import is_disk_full
 
 
@@ -35,32 +39,52 @@ def main() -> int:
     _take_rank()
     rank = int(os.environ.get("RANK", "0"))
     signals.listen()
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     job: dict[str, Any] | None = None
+    log: RankLog | None = None
+    watch: Watch | None = None
     try:
         job = read_json(job_dir / "job.json") if (job_dir / "job.json").exists() else None
         check_token(job, job_dir, rank)
         assert job is not None
         with open(job_dir / ".ranks") as alive:  # held until this process ends; the next run waits for that
             fcntl.flock(alive, fcntl.LOCK_SH)
-            _run(job, rank)
+            log = RankLog(log_dir(job_dir), rank)
+            watch = Watch(job_dir, rank=rank, world_size=num_ranks(job), stall_s=_stall_s(job))
+            watch.start()
+            _run(job, rank, log)
     except UserError as error:
-        _leave(job_dir, job, {"kind": "user", "rank": rank, "message": str(error), "time": time.time()})
+        _leave(job_dir, job, log, {"kind": "user", "rank": rank, "message": str(error)})
         return 2
     except signals.Stop as stop:
         if rank == 0:
             write_json(job_dir / "stopped.json", {"message": str(stop), "time": time.time()})
         return 0
     except BaseException as error:
+        signals.hold()  # what ends the others must not keep this one from saying why
         if is_disk_full(error):
             full = UserError("the disk is full", expected="free space, then the same command goes on",
                              found=str(error), key="output_dir")
-            _leave(job_dir, job, {"kind": "user", "rank": rank, "message": str(full), "time": time.time()})
+            _leave(job_dir, job, log, {"kind": "user", "rank": rank, "message": str(full)})
             return 2
-        _leave(job_dir, job, {"kind": "failure", "rank": rank, "traceback": traceback.format_exc(),
-                              "time": time.time()})
-        raise
+        _leave(job_dir, job, log, {"kind": "failure", "rank": rank, "traceback": traceback.format_exc(),
+                                   "where": standing.line(rank, standing.of_error(error))})
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        traceback.print_exc()
+        if watch is not None:
+            watch.leave()
+            wait_for_others(job_dir, watch.world_size)
+        return 1  # not by way of the interpreter's end, which waits for gloo's threads
+    finally:
+        if watch is not None:
+            watch.leave()
     return 0
+
+
+def _stall_s(job: dict[str, Any]) -> float:
+    parallel = job["config"]["parallel"]
+    return float(parallel["stall_s"] or parallel["timeout_s"])
 
 
 def _take_rank() -> None:
@@ -75,16 +99,19 @@ def _take_rank() -> None:
         os._exit(1)
 
 
-def _leave(job_dir: Path, job: dict[str, Any] | None, record: dict[str, Any]) -> None:
+def _leave(job_dir: Path, job: dict[str, Any] | None, log: RankLog | None, record: dict[str, Any]) -> None:
     """Write an error where the launcher looks for it: the job's folder, or stderr for a rank that does not see that."""
     try:
         check_token(job, job_dir, record["rank"])
-        write_json(job_dir / f"error_{record['rank']}.json", record)
+        leave_record(job_dir, "error", record)
     except (ConfigError, OSError):
-        print(RECORD + json.dumps(record), file=sys.stderr, flush=True)
+        if log is not None:
+            log.tell_launcher(RECORD + json.dumps(record | {"time": time.time()}))
+        else:
+            print(RECORD + json.dumps(record | {"time": time.time()}), file=sys.stderr, flush=True)
 
 
-def _run(job: dict[str, Any], rank: int) -> None:
+def _run(job: dict[str, Any], rank: int, log: RankLog) -> None:
     from nemo_minitron.parallel.cpu import open_cpu_door
 
     open_cpu_door()
@@ -98,9 +125,19 @@ def _run(job: dict[str, Any], rank: int) -> None:
     from nemo_minitron.stages.execute import execute
     from nemo_minitron.stages.rounds import round_context
 
+    @contextmanager
+    def inside(stage: str) -> Iterator[None]:
+        outer = log.stage
+        log.turn_to(stage)
+        standing.enter(stage)
+        yield  # what is raised inside is that stage's, and told in its log
+        log.turn_to(outer)
+        standing.enter(outer)
+
     config = config_from_dict(job["config"])
     if job["processes"] == 0:  # stages that one process does alone
-        execute(round_context(Context(config=config, command=job["command"]), job["round"]), job["stages"])
+        context = Context(config=config, command=job["command"], inside=inside)
+        execute(round_context(context, job["round"]), job["stages"])
         return
     layout = Context(config=config).layout
     groups.start(layout, timeout_s=config.parallel.timeout_s)
@@ -113,7 +150,7 @@ def _run(job: dict[str, Any], rank: int) -> None:
         dist.broadcast_object_list(box, src=0, group=patient, device=torch.device("cpu"))
         return box[0]
 
-    context = Context(config=config, rank=rank, share=share, command=job["command"],
+    context = Context(config=config, rank=rank, share=share, command=job["command"], inside=inside,
                       barrier=lambda: dist.barrier(group=patient))
     execute(round_context(context, job["round"]), job["stages"])
     groups.stop()

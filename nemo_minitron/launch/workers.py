@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import write_json
+from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.config import Config
 from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.launch.processes import Placement, is_srun, local_command, placement, srun_command
@@ -48,7 +48,7 @@ def run_workers(config: Config, stages: list[str], *, processes: int, command: s
     job_dir = config.run_dir.absolute() / "job"
     job_dir.mkdir(exist_ok=True)
     _wait_for_earlier_ranks(job_dir)
-    for old in (*job_dir.glob("error_*.json"), job_dir / "stopped.json"):
+    for old in (*job_dir.glob("error_*.json"), *job_dir.glob("where_*.json"), job_dir / "stopped.json"):
         old.unlink(missing_ok=True)
     token = uuid.uuid4().hex
     write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages, "round": round_name,
@@ -65,6 +65,16 @@ def run_workers(config: Config, stages: list[str], *, processes: int, command: s
     errors = _watch(worker)
     if worker.returncode != 0 or (job_dir / "stopped.json").exists():
         raise_worker_error(job_dir, errors)
+
+
+def log_dir(job_dir: Path) -> Path:
+    """`outputs/NAME/logs`, where every rank has a log."""
+    return job_dir.parent / "logs"
+
+
+def num_ranks(job: dict[str, Any]) -> int:
+    """Of what `job.json` says."""
+    return max(int(job["processes"]), 1)
 
 
 def _wait_for_earlier_ranks(job_dir: Path) -> None:
@@ -158,10 +168,32 @@ def raise_worker_error(job_dir: Path, stderr: list[str]) -> None:
     stopped = job_dir / "stopped.json"
     if stopped.exists():
         raise Stopped(f"minitron: {json.loads(stopped.read_text())['message']}; the same command goes on from here")
+    standings = _standings(job_dir, records)
     if records:
         first = min(records, key=lambda record: float(record["time"]))
-        raise WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")
-    raise WorkerError("a worker ended without saying why:\n" + "".join(stderr))
+        told = f"rank {first['rank']} failed:\n{(first.get('traceback') or first['message']).rstrip()}"
+        raise WorkerError("\n".join([told, *standings]))
+    raise WorkerError("\n".join(["a worker ended without saying why:", "".join(stderr).rstrip(), *standings]))
+
+
+def _standings(job_dir: Path, records: list[dict[str, Any]]) -> list[str]:
+    """A line for every rank, where it stood when the job failed, and where the ranks' logs are."""
+    if not (job_dir / "job.json").exists() or not log_dir(job_dir).exists():
+        return []  # they came to nothing
+    told = records + [json.loads(path.read_text()) for path in job_dir.glob("where_*.json")]
+    lines = {int(record["rank"]): str(record["where"]) for record in told[::-1] if "where" in record}
+    for rank in range(num_ranks(read_json(job_dir / "job.json"))):
+        if rank not in lines:
+            lines[rank] = f"rank {rank}: ended without a word ({_last_words(job_dir, rank)})"
+    return [*(lines[rank] for rank in sorted(lines)), f"logs of the ranks: {log_dir(job_dir)}"]
+
+
+def _last_words(job_dir: Path, rank: int) -> str:
+    """Why a rank ended that left no record: the interpreter's own word of it in its newest log, or a guess."""
+    logs = sorted(log_dir(job_dir).rglob(f"rank_{rank}.log"), key=lambda path: path.stat().st_mtime)
+    text = logs[-1].read_text(encoding="utf-8", errors="replace") if logs else ""
+    _, fatal, why = text.rpartition("\n--- ")[2].rpartition("Fatal Python error: ")
+    return why.splitlines()[0] if fatal else "killed, or out of memory?"
 
 
 def check_token(job: dict[str, Any] | None, job_dir: Path, rank: int) -> None:

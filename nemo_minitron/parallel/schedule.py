@@ -10,6 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_minitron.data.batch import Batch
+from nemo_minitron.launch import standing
 from nemo_minitron.model.build import HiddenStateGPT
 from nemo_minitron.model.forward import forward_batch
 
@@ -46,6 +47,7 @@ def forward_only(
 
     def step(data: Iterator[Batch], stage: HiddenStateGPT) -> tuple[torch.Tensor, Callable[..., Result]]:
         batch = next(data)
+        standing.alive()
 
         def finish(hidden: torch.Tensor, non_loss_data: bool = True) -> Result:
             return consume(hidden, batch)
@@ -58,7 +60,7 @@ def forward_only(
         yield from iterator
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), standing.busy():
             results = get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=rejoined(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Context:
 
     `rank` is the global rank, 0 outside of a worker. `share` gives every rank what rank 0 passes to it, and
     `barrier` waits for all ranks, as long as rank 0 may work alone; both do nothing where one process runs.
-    `command` is what the user typed.
+    `command` is what the user typed. `inside` is told on every rank which stage it is in.
 
     `part` is the folder under `outputs/NAME` that stages are in: a round's, or a candidate's within a search; those in
     `elsewhere` are in another. `source` is the model that is scored and pruned, `own_teacher` the one that is distilled
@@ -37,6 +38,7 @@ class Context:
     share: Callable[[Any], Any] = lambda value: value
     barrier: Callable[[], None] = lambda: None
     command: str = ""
+    inside: Callable[[str], AbstractContextManager[None]] = lambda stage: nullcontext()
     part: str = ROUND
     elsewhere: Mapping[str, str] = dataclasses.field(default_factory=dict)
     source: Path | None = None

@@ -20,20 +20,26 @@ _PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "torch", "lightni
 def execute(context: Context, stages: list[str]) -> None:
     """Run `stages`, which are due, in order; every rank of a worker calls this with the same list."""
     for name in stages:
-        started = time.time()
-        if context.rank == 0:
-            print(f"== {name if context.part == ROUND else f'{context.part}/{name}'}", flush=True)
-            _enter(context, name)
-        context.barrier()
-        result: dict[str, Any] = {}
-        if STAGES[name].ranks:
-            result = STAGES[name].load()(context)
-        elif context.rank == 0:
-            result = STAGES[name].load()(dataclasses.replace(context, share=_alone, barrier=_nobody))
-        context.barrier()
-        if context.rank == 0 and not result.get("paused"):
-            _finish(context, name, result, started)
-        context.barrier()
+        shown = name if context.part == ROUND else f"{context.part}/{name}"
+        with context.inside(shown):
+            _execute(context, name, shown)
+
+
+def _execute(context: Context, name: str, shown: str) -> None:
+    started = time.time()
+    if context.rank == 0:
+        print(f"== {shown}", flush=True)
+        _enter(context, name)
+    context.barrier()
+    result: dict[str, Any] = {}
+    if STAGES[name].ranks:
+        result = STAGES[name].load()(context)
+    elif context.rank == 0:
+        result = STAGES[name].load()(dataclasses.replace(context, share=_alone, barrier=_nobody))
+    context.barrier()
+    if context.rank == 0 and not result.get("paused"):
+        _finish(context, name, result, started)
+    context.barrier()
 
 
 def _alone(value: Any) -> Any:

@@ -86,7 +86,8 @@ STAGES: dict[str, Stage] = {
 }
 """In the order in which they run."""
 
-_WITHOUT_EFFECT = ("log_every_steps", "checkpoint_every_steps", "not_finite", "profile", "peak_tflops", "recompute")
+_WITHOUT_EFFECT = ("log_every_steps", "loggers", "checkpoint_every_steps", "not_finite", "profile", "peak_tflops",
+                   "recompute")
 """Keys of `train` that change what is printed and saved on the way, or how it is computed, not the result."""
 
 _LOOKS = ("eval_every_steps", "eval_samples")

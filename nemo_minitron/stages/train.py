@@ -62,8 +62,10 @@ def train_stage(context: Context, stage: str, module: TrainingModule, *, start: 
 
     planned = plan_phases(tokens, phases, train, seq_length=config.data.seq_length, dp=layout.dp)
     trained = fit(
-        module, samples, label=stage, directory=directory, phases=planned, layout=layout, train=train,
-        optim=optim or config.optim, seed=config.seed, distributed_optimizer=config.parallel.distributed_optimizer,
+        module, samples, label=stage, directory=directory,
+        title=directory.relative_to(config.run_dir.parent).as_posix(), phases=planned, layout=layout,
+        train=train, optim=optim or config.optim, seed=config.seed,
+        distributed_optimizer=config.parallel.distributed_optimizer,
         measure=measure, keep=write, callbacks=callbacks, pause_step=context.pause_step,
     )
     if trained.steps == context.pause_step and trained.steps < sum(phase.steps for phase in planned):

@@ -16,13 +16,17 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.launch import signals, standing
 from nemo_minitron.parallel.cpu import cuda_is_available
 from nemo_minitron.training.module import TrainingModule, reduced_step_means
 from nemo_minitron.training.throughput import peak_memory_mib
+from nemo_minitron.training.trackers import Trackers, numbers
 
 
 class Meters(pl.Callback):
     """Writes a JSON line a step to `metrics.jsonl` and shows a line of progress every few steps on rank 0.
+
+    The numbers of each line also go to TensorBoard and to the recipe's trackers, as LABEL/NAME.
 
     `tokens` counts valid training tokens from the start of the stage, over all replicas. `tokens_per_s` is
     over the steps since the last line, `seconds` the time in training steps over all runs of the stage, with the
@@ -31,8 +35,10 @@ class Meters(pl.Callback):
     device's peak is known, and `peak_memory_mib` of rank 0.
     """
 
-    def __init__(self, path: Path, *, label: str, log_every_steps: int, peak_tflops: float | None = None) -> None:
+    def __init__(self, path: Path, *, label: str, log_every_steps: int, peak_tflops: float | None = None,
+                 trackers: Trackers | None = None) -> None:
         """Append to `path`; `label` begins each line of progress; `peak_tflops` is of one device, TFLOP/s."""
+        self.trackers = trackers
         self.path = path
         self.peak_tflops = peak_tflops
         self.label = label
@@ -52,6 +58,7 @@ class Meters(pl.Callback):
         """Forget lines of steps that were done after the checkpoint this run goes on from."""
         self._mark, self._mark_tokens, self._last = time.monotonic(), self.tokens, time.monotonic()
         self._flops = 0.0
+        self._tensorboard = trainer.logger
         if trainer.is_global_zero:
             keep_lines_until(self.path, trainer.global_step)
             self._file = self.path.open("a", encoding="utf-8")
@@ -74,8 +81,6 @@ class Meters(pl.Callback):
         logged = trainer.callback_metrics
         line = {"step": step, "tokens": int(self.tokens), **means, "lr": float(logged["lr"]),
                 "grad_norm": float(logged["grad_norm"]), "seconds": round(self.seconds, 3)}
-        if pl_module.logger is not None:
-            pl_module.logger.log_metrics({f"{self.label}/{name}": value for name, value in means.items()}, step)
         if shows:
             elapsed = max(now - self._mark, 1e-9)
             speed = (self.tokens - self._mark_tokens) / elapsed
@@ -98,14 +103,38 @@ class Meters(pl.Callback):
         self._mark += seconds
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line (rank 0)."""
+        """Append one line (rank 0), whose numbers the trackers get too."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        values = numbers(line, self.label)
+        if self._tensorboard is not None:
+            self._tensorboard.log_metrics(values, line["step"])
+        if self.trackers is not None:
+            self.trackers.log(line["step"], values)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the file."""
+        """Close the file and the trackers."""
         if trainer.is_global_zero:
             self._file.close()
+        if self.trackers is not None:
+            self.trackers.close("finished")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the trackers: after a signal the same training is to go on."""
+        if self.trackers is not None:
+            self.trackers.close("stopped" if isinstance(exception, signals.Stop) else "failed")
+
+
+class Standing(pl.Callback):
+    """Says that a step is at work, which must not take long; comes first, so that what others do after it may."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The next step begins."""
+        standing.begin_step(trainer.global_step + 1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """It is done."""
+        standing.rest()
 
 
 class HeldOut(pl.Callback):

@@ -14,6 +14,7 @@ from nemo_minitron.arch import ArchSpec
 from nemo_minitron.data.batch import Batch, Samples
 from nemo_minitron.distill.terms import METERS, LossTerms, loss_terms
 from nemo_minitron.evaluate.loss import heldout_sums
+from nemo_minitron.launch import standing
 from nemo_minitron.model.build import HiddenStateGPT, load_model, transformer_config
 from nemo_minitron.model.forward import forward_batch
 from nemo_minitron.parallel import groups
@@ -74,6 +75,7 @@ class TrainingModule(pl.LightningModule):
     def data_step(self, data: Iterator[Any]) -> Batch:
         """The next micro-batch; Lightning's fetcher adds indices that are not needed."""
         item = next(data)
+        standing.alive()
         batch: Batch = item[0] if isinstance(item, tuple) else item
         self.seq_length = batch.tokens.size(1)
         return batch

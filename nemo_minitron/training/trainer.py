@@ -23,7 +23,7 @@ from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.training.budget import Phase, check_warmup
-from nemo_minitron.training.callbacks import HeldOut, Meters, deterministic_cpu
+from nemo_minitron.training.callbacks import HeldOut, Meters, Standing, deterministic_cpu
 from nemo_minitron.training.environment import JoinedRanks, processes
 from nemo_minitron.training.limits import Profiler, StopEarly
 from nemo_minitron.training.module import TrainingModule
@@ -31,6 +31,7 @@ from nemo_minitron.training.not_finite import FiniteGradients
 from nemo_minitron.training.points import ResumePoints, point_to_go_on_from
 from nemo_minitron.training.strategy import StepSampler, Strategy, TrainingOrder
 from nemo_minitron.training.throughput import peak_tflops
+from nemo_minitron.training.trackers import Subject, Trackers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ def fit(
     *,
     label: str,
     directory: Path,
+    title: str | None = None,
     phases: Sequence[Phase],
     layout: Layout,
     train: TrainConfig,
@@ -79,6 +81,7 @@ def fit(
         samples: training samples of a length, in tokens.
         label: begins each line of progress.
         directory: the stage's own.
+        title: NAME/round/stage, for `train.loggers`; None: `label`.
         phases: `plan_phases` of the recipe.
         layout: the layout whose groups are formed.
         train: how often to log, look and save, when to stop.
@@ -100,7 +103,8 @@ def fit(
     bf16 = train.precision == "bf16-mixed"
     _optimizer(optim, bf16=bf16, distributed=distributed_optimizer).connect(module)
     meters = Meters(directory / "metrics.jsonl", label=label, log_every_steps=train.log_every_steps,
-                    peak_tflops=peak_tflops(train.precision, train.peak_tflops))
+                    peak_tflops=peak_tflops(train.precision, train.peak_tflops),
+                    trackers=_trackers(title or label, label, directory, layout=layout, train=train, optim=optim))
     held_out = HeldOut(meters, every_steps=train.eval_every_steps, measure=measure, directory=directory,
                        keep_best=keep if train.keep_best else None, stop_at=train.stop.heldout_ce)
     points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps, label=label,
@@ -122,7 +126,7 @@ def fit(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(save_dir=str(directory), name="tensorboard", version=""),
-        callbacks=[finite, Profiler(train.profile, directory / "profile"), meters, StopEarly(stop, meters),
+        callbacks=[Standing(), finite, Profiler(train.profile, directory / "profile"), meters, StopEarly(stop, meters),
                    *callbacks, held_out, points],
     )
     resume = point_to_go_on_from(directory / "resume", label=label)
@@ -151,6 +155,16 @@ def export(module: TrainingModule, directory: Path, *, base: Checkpoint, layout:
         pp_rank=groups.pp_rank(), pp_size=layout.pp, dp_rank=groups.dp_rank(), layer_offset=student.layer_offset,
         dtype=None, barrier=dist.barrier,
     )
+
+
+def _trackers(title: str, label: str, directory: Path, *, layout: Layout, train: TrainConfig,
+              optim: OptimConfig) -> Trackers | None:
+    """Those that `train.loggers` names, on rank 0."""
+    if dist.get_rank() != 0 or not train.loggers:
+        return None
+    parameters = {"train": dataclasses.asdict(train), "optim": dataclasses.asdict(optim),
+                  "layout": dataclasses.asdict(layout)}
+    return Trackers(train.loggers, Subject(title=title, label=label, directory=directory, parameters=parameters))
 
 
 class Optimizer(nl.MegatronOptimizerModule):

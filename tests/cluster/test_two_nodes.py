@@ -1,8 +1,13 @@
 """The recipe over two nodes gives what the local launcher gives."""
 
 import json
+import re
+
+import pytest
 
 from tests.cluster.conftest import FOUR_RANKS, check_equal, steps
+from tests.e2e.command import ROOT
+from tests.e2e.test_ranks import SLEEP
 
 
 def test_two_nodes_of_two_ranks_equal_the_local_launcher(recipe, locally):
@@ -14,3 +19,23 @@ def test_two_nodes_of_two_ranks_equal_the_local_launcher(recipe, locally):
     manifest = json.loads((run.run_dir / "round1/distill/manifest.json").read_text())
     assert (manifest["world"]["world_size"], manifest["world"]["tp"]) == (4, 2)
     assert json.loads((run.run_dir / "job/job.json").read_text())["slurm_job"] == run.jobs[0]
+    logs = [(run.run_dir / f"logs/distill/rank_{rank}.log").read_text() for rank in range(4)]
+    nodes = [re.match(rf"--- \S+ rank {rank}, process \d+ on (\S+)\n", log)[1] for rank, log in enumerate(logs)]
+    assert nodes == ["n1", "n1", "n2", "n2"]
+    said = logs[0].partition("\n")[2]
+    assert "[distill] step 40/40" in said and said in run.log() and not any("[distill]" in log for log in logs[1:])
+
+
+@pytest.mark.slow
+def test_one_rank_of_four_sleeps_in_the_middle_of_a_step(recipe, tmp_path, monkeypatch):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/sitecustomize.py").write_text(SLEEP)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}/modules")
+    run = recipe(**FOUR_RANKS | steps(40), parallel__stall_s=30)
+    run.submit()
+    assert run.wait_ended() == "FAILED", run.log()
+    assert re.search(r"^rank \d failed:\nno progress for 30 s", run.log(), re.MULTILINE), run.log()
+    for rank in range(4):
+        (told,) = re.findall(rf"^rank {rank}: step 6 of distill, in .*", run.log(), re.MULTILINE)
+        assert ("oversleep" in told) == (rank == 1), told
+        assert told in (run.run_dir / f"logs/distill/rank_{rank}.log").read_text()

@@ -46,18 +46,19 @@ class Inputs:
         return [f"{key}={value}" for key, value in recipe.items() if value is not None]
 
 
-def start(arguments: list[str], directory: Path) -> subprocess.Popen[str]:
-    """Start `minitron arguments` in `directory`, as the leader of a session of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+def start(arguments: list[str], directory: Path, *, modules: Path | None = None) -> subprocess.Popen[str]:
+    """Start `minitron arguments` in `directory`, as the leader of a session of its own; Python finds `modules` too."""
+    python_path = os.pathsep.join(str(folder) for folder in (ROOT, modules) if folder is not None)
+    environment = os.environ | {"PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([sys.executable, "-m", "nemo_minitron.cli", *arguments], cwd=directory, env=environment,
                             text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
 
 
-def run(arguments: list[str], directory: Path, *, timeout: float = 300.0) -> Finished:
+def run(arguments: list[str], directory: Path, *, timeout: float = 300.0, modules: Path | None = None) -> Finished:
     """Run `minitron arguments` in `directory` to its end."""
     started = time.monotonic()
-    process = start(arguments, directory)
+    process = start(arguments, directory, modules=modules)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except BaseException:

@@ -78,3 +78,42 @@ def test_the_cluster_s_environment_reaches_the_ranks():
     config = Config(cluster=ClusterConfig(environment={"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "7"}))
     found = worker_environment(config, 1)
     assert (found["NCCL_DEBUG"], found["OMP_NUM_THREADS"]) == ("WARN", "7")
+
+
+def write_job(directory, processes):
+    job_dir = directory / "job"
+    job_dir.mkdir()
+    (directory / "logs/distill").mkdir(parents=True)
+    (job_dir / "job.json").write_text(json.dumps({"processes": processes}))
+    return job_dir
+
+
+def test_after_the_traceback_a_line_for_every_rank(tmp_path):
+    job_dir = write_job(tmp_path, 4)
+    write_errors(job_dir, {"kind": "failure", "traceback": "peer gone\n", "time": 3.0, "where": "rank 0: here"},
+                 {"kind": "failure", "traceback": "the cause\n", "time": 1.0, "where": "rank 1: there"})
+    (job_dir / "where_2.json").write_text(json.dumps({"rank": 2, "where": "rank 2: in all_reduce"}))
+    (tmp_path / "logs/distill/rank_3.log").write_text(
+        "--- a\nFatal Python error: Aborted\n--- b\nFatal Python error: Segmentation fault\n\nThread 0x1\n")
+    with pytest.raises(WorkerError) as raised:
+        raise_worker_error(job_dir, [])
+    assert str(raised.value).splitlines() == [
+        "rank 1 failed:", "the cause", "rank 0: here", "rank 1: there", "rank 2: in all_reduce",
+        "rank 3: ended without a word (Segmentation fault)",
+        f"logs of the ranks: {tmp_path}/logs"]
+
+
+def test_ranks_that_were_all_killed(tmp_path):
+    job_dir = write_job(tmp_path, 1)
+    (tmp_path / "logs/distill/rank_0.log").write_text("--- a\nFatal Python error: Aborted\n--- b\n[distill] a line\n")
+    with pytest.raises(WorkerError) as raised:
+        raise_worker_error(job_dir, ["exitcode: -9\n"])
+    assert str(raised.value).splitlines()[:3] == [
+        "a worker ended without saying why:", "exitcode: -9",
+        "rank 0: ended without a word (killed, or out of memory?)"]
+
+
+def test_a_stall_is_told_like_a_failure(tmp_path):
+    write_errors(tmp_path, {"kind": "stall", "message": "no progress for 9 s", "time": 1.0, "where": "rank 0: here"})
+    with pytest.raises(WorkerError, match=r"^rank 0 failed:\nno progress for 9 s$"):
+        raise_worker_error(tmp_path, [])

@@ -1,0 +1,76 @@
+"""Logs of the ranks, and what is told when one of two ranks sleeps or is killed in the middle of training."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+from tests.e2e.command import run
+from tests.e2e.test_kill import start_and_wait
+
+SLEEP = """
+import os
+import sys
+import threading
+import time
+
+
+def plant():
+    while not hasattr(sys.modules.get("nemo_minitron.training.module"), "SumReduction"):
+        time.sleep(0.05)
+    from nemo_minitron.training.module import TrainingModule
+
+    data_step = TrainingModule.data_step
+
+    def oversleep(self, data):
+        if self.trainer.global_step == 5:
+            time.sleep(600)
+        return data_step(self, data)
+
+    TrainingModule.data_step = oversleep
+
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=plant, daemon=True).start()
+"""
+
+
+def lines(path):
+    """Of a log, without those that say when it was opened."""
+    return [line for line in path.read_text().splitlines() if not line.startswith("--- ")]
+
+
+def test_what_the_terminal_shows_is_in_rank_0_s_logs(undisturbed):
+    run_dir, finished = undisturbed
+    logged = [lines(run_dir / f"logs/{stage}/rank_0.log")
+              for stage in ("score", "prune", "distill", "evaluate", "report")]
+    assert [line for part in logged for line in part] == finished.stdout.splitlines()
+    assert all(part[0].startswith("== ") and len(part) > 1 for part in logged)
+
+
+def test_one_rank_sleeps_in_the_middle_of_a_step(halfway, inputs):
+    (halfway / "modules").mkdir()
+    (halfway / "modules/sitecustomize.py").write_text(SLEEP)
+    finished = run(inputs.arguments(halfway / "outputs", parallel__dp=2, parallel__stall_s=20, parallel__timeout_s=900),
+                   halfway, modules=halfway / "modules")
+    assert finished.code == 1
+    told = finished.stderr.splitlines()
+    assert re.fullmatch(r"rank \d failed:", told[0]) and told[1] == "no progress for 20 s (parallel.stall_s)", told
+    assert re.fullmatch(r"rank 0: step 6 of distill, in all_reduce at \S+\.py:\d+", told[2]), told
+    assert re.fullmatch(r"rank 1: step 6 of distill, in oversleep at \S+/sitecustomize\.py:\d+", told[3]), told
+    assert told[4:] == [f"logs of the ranks: {halfway}/outputs/tiny/logs"]
+    for rank in range(2):
+        log = (halfway / f"outputs/tiny/logs/distill/rank_{rank}.log").read_text()
+        assert told[2 + rank] in log and "most recent call first" in log
+        assert re.search(r'File ".*/nemo_minitron/training/trainer\.py", line \d+ in fit$', log, re.MULTILINE)
+    assert "[distill]" not in (halfway / "outputs/tiny/logs/distill/rank_1.log").read_text(), "rank 0 alone says that"
+
+
+def test_one_rank_is_killed_and_the_other_ends_at_once(halfway, inputs):
+    process, tree = start_and_wait(inputs, halfway, 3, parallel__dp=2, parallel__timeout_s=900)
+    (victim,) = [pid for pid in tree if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=25)  # torchrun itself would wait 30 s for the other
+    assert process.returncode == 1
+    assert "rank 1: ended without a word (killed, or out of memory?)" in stderr.splitlines()
+    assert re.search(r"^rank 0: step \d+ of distill, in \w+ at ", stderr, re.MULTILINE), stderr
