@@ -85,7 +85,7 @@ _WITHOUT_EFFECT = ("log_every_steps", "checkpoint_every_steps", "not_finite", "p
 """Keys of `train` that change what is printed and saved on the way, or how it is computed, not the result."""
 
 _LOOKS = ("eval_every_steps", "eval_samples")
-"""Keys of `train` that change the result only where it is that of the best look."""
+"""Keys of `train` that change the result only where it is that of the best look, or where the looks are the result."""
 
 
 def wanted_stages(context: Context) -> list[str]:
@@ -109,8 +109,13 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     """The part of the recipe that the stage's result depends on."""
     part = context.config_part(*STAGES[stage].config)
     if "train" in part:
-        unused = _WITHOUT_EFFECT if part["train"]["keep_best"] else (*_WITHOUT_EFFECT, *_LOOKS)
+        looked_at = part["train"]["keep_best"] or context.looks_count
+        unused = _WITHOUT_EFFECT if looked_at else (*_WITHOUT_EFFECT, *_LOOKS)
+        eval_samples = part["train"]["eval_samples"]
         part["train"] = {key: value for key, value in part["train"].items() if key not in unused}
+        if stage == "search":  # how often its candidates are looked at is `search.looks`
+            part["train"] = {**part["train"], "eval_samples": eval_samples}
+            part["train"].pop("eval_every_steps", None)
     if "data" in part:
         part["data"] = _what_is_read(part["data"])
     if stage == "evaluate":
