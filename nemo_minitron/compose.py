@@ -152,7 +152,7 @@ def _check(config: Config) -> None:
         if value not in choice:
             raise ConfigError("bad value", expected=", ".join(choice), found=repr(value), key=key)
     positive = {
-        "parallel": ("tp", "pp", "dp", "timeout_s", "stall_s"),
+        "parallel": ("tp", "pp", "dp", "search_groups", "timeout_s", "stall_s"),
         "data": ("seq_length",),
         "importance": ("num_samples", "micro_batch_size", "iterations"),
         "importance.depth": ("num_samples",),
@@ -189,6 +189,10 @@ def _check(config: Config) -> None:
     for name, meaning in (("cp", "context parallelism"), ("interleave", "the interleaved pipeline schedule")):
         if (value := getattr(config.parallel, name)) != 1:
             raise ConfigError(f"{meaning} is not supported", expected="1", found=str(value), key=f"parallel.{name}")
+    if config.parallel.dp % config.parallel.search_groups:
+        raise ConfigError("groups of a search are whole replicas", expected=f"a divisor of parallel.dp, "
+                          f"{config.parallel.dp}", found=str(config.parallel.search_groups),
+                          key="parallel.search_groups")
     if config.train.keep_best and not config.train.eval_every_steps:
         raise ConfigError("no looks at held-out data to find the best", expected="train.eval_every_steps of 1 or more",
                           found="0", key="train.keep_best")

@@ -159,6 +159,9 @@ class ParallelConfig:
     """Pipeline-parallel degree."""
     dp: int = 1
     """Data-parallel degree."""
+    search_groups: int = 1
+    """Groups that the dp replicas are divided into for the candidates of a search: each trains others at the same time,
+    with tp * pp * dp / search_groups ranks."""
     sequence_parallel: bool = False
     """Shard the norms' activations over the tensor-parallel group, along the sequence."""
     cp: int = 1

@@ -21,7 +21,9 @@ from nemo_minitron.evaluate.tasks import check_tasks
 from nemo_minitron.generate.prompts import read_prompts
 from nemo_minitron.launch.processes import is_srun, placement
 from nemo_minitron.launch.requeue import requeue
+from nemo_minitron.launch.side_by_side import check_groups
 from nemo_minitron.launch.workers import Stopped, run_workers
+from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.report.published import check_published
 from nemo_minitron.search.recipe import candidates_of, expected_candidate
 from nemo_minitron.stages.aligning import check_align
@@ -30,6 +32,7 @@ from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.registry import STAGES, asked_stages, check_inputs, due_stages, wanted_stages
 from nemo_minitron.stages.rounds import round_contexts, search_optim, search_steps
+from nemo_minitron.stages.side_by_side import train_side_by_side
 from nemo_minitron.stages.targets import check_depth, check_layer_metric, how_to_rank, resolved_target
 from nemo_minitron.stages.teaching import intermediate_terms, relation_heads, teacher_layout
 from nemo_minitron.training.budget import check_warmup, plan_phases
@@ -61,12 +64,30 @@ def _run_round(config: Config, context: Context, lock: int) -> None:
     if done:
         where = f" in {context.part}" if config.rounds else ""
         print(f"already done{where}: {', '.join(done)}", flush=True)
+    if "search" in due and config.parallel.search_groups > 1:
+        before = due[: due.index("search")]
+        _start_ranks(config, context, before, lock)
+        with _requeued(config):
+            train_side_by_side(config, context, lock)
+        due = due[len(before) :]
+    _start_ranks(config, context, due, lock)
+
+
+def _start_ranks(config: Config, context: Context, due: list[str], lock: int) -> None:
+    """Run stages in worker processes, or here where none of them needs ranks."""
     processes = context.layout.world_size if any(STAGES[stage].ranks for stage in due) else 0
     if processes == 0 and (not due or not is_srun(config.cluster)):
         execute(context, due)
         return
-    try:
+    with _requeued(config):
         run_workers(config, due, processes=processes, command=context.command, lock=lock, round_name=context.part)
+
+
+@contextmanager
+def _requeued(config: Config) -> Iterator[None]:
+    """Put a Slurm job whose ranks were stopped by a signal back into the queue."""
+    try:
+        yield
     except Stopped:
         requeue(config.cluster)
         raise
@@ -132,7 +153,12 @@ def _check_round(context: Context, source: ArchSpec, teacher: ArchSpec) -> ArchS
     for target in targets:
         layout.check(target, name="target", seq_length=config.data.seq_length)
         if "distill" in wanted:
-            _check_teaching(context, teacher, target)
+            _check_teaching(context, teacher, target, layout)
+    if config.search.is_set() and config.parallel.search_groups > 1:
+        check_groups(config)
+        group = dataclasses.replace(layout, dp=layout.dp // config.parallel.search_groups)
+        for target in targets:
+            _check_teaching(context, teacher, target, group)
     return targets[0]
 
 
@@ -159,9 +185,9 @@ def _candidates(context: Context, source: ArchSpec) -> list[ArchSpec]:
     return [first, *(arch for arch in found_.candidates if arch != first)]
 
 
-def _check_teaching(context: Context, teacher: ArchSpec, student: ArchSpec) -> None:
-    """Find what is wrong with the teacher's layout and the intermediate losses."""
-    distill, layout = context.config.distill, context.layout
+def _check_teaching(context: Context, teacher: ArchSpec, student: ArchSpec, layout: Layout) -> None:
+    """Find what is wrong with the teacher's layout and the intermediate losses, for a student in `layout`."""
+    distill = context.config.distill
     own = teacher_layout(distill, layout)
     own.check(teacher, name="teacher", seq_length=context.config.data.seq_length)
     if distill.teacher.precision == "fp8" and find_spec("transformer_engine") is None:

@@ -48,7 +48,7 @@ def main() -> int:
         job = read_json(job_dir / "job.json") if (job_dir / "job.json").exists() else None
         check_token(job, job_dir, rank)
         assert job is not None
-        with open(job_dir / ".ranks") as alive:  # held until this process ends; the next run waits for that
+        with open(job["alive"]) as alive:  # held until this process ends; the next run waits for that
             fcntl.flock(alive, fcntl.LOCK_SH)
             log = RankLog(log_dir(job_dir), rank)
             watch = Watch(job_dir, rank=rank, world_size=num_ranks(job), stall_s=_stall_s(job))
@@ -152,7 +152,13 @@ def _run(job: dict[str, Any], rank: int, log: RankLog) -> None:
 
     context = Context(config=config, rank=rank, share=share, command=job["command"], inside=inside,
                       barrier=lambda: dist.barrier(group=patient))
-    execute(round_context(context, job["round"]), job["stages"])
+    context = round_context(context, job["round"])
+    if "candidates" in job:  # a part of a search
+        from nemo_minitron.stages.search import train
+
+        train(context, job["candidates"], job["rung"])
+    else:
+        execute(context, job["stages"])
     groups.stop()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.cost.flops import flops_per_token, forward_flops, training_flops
 from nemo_minitron.cost.memory import KINDS, Memory, Step, forward_memory, training_memory
-from nemo_minitron.cost.recipe import Recipe, Round
+from nemo_minitron.cost.recipe import Recipe, Round, Search
 from nemo_minitron.cost.step_time import PARTS, Machine, Seconds, forward_seconds, step_seconds
 
 
@@ -95,8 +95,7 @@ def _round(recipe: Recipe, round_: Round) -> list[StageCost]:
         stages.append(_forward(recipe, round_, "score", round_.source.name, round_.source.arch, recipe.score_samples,
                                bf16=False))
     if round_.search is not None and round_.search.tokens:
-        stages.append(_training(recipe, round_.name, "search", f"{len(round_.search.candidates)} candidates",
-                                list(round_.search.candidates), teacher, round_.search.tokens))
+        stages.append(_search(recipe, round_.name, round_.search, teacher))
     if recipe.writes_cache:
         samples = math.ceil(round_.tokens / recipe.step.seq_length)
         stages.append(_forward(recipe, round_, "cache_teacher", round_.teacher.name, round_.teacher.arch, samples,
@@ -110,12 +109,20 @@ def _round(recipe: Recipe, round_: Round) -> list[StageCost]:
                                [round_.student.arch], None, tokens) for tokens, step in recipe.aligned]
 
 
+def _search(recipe: Recipe, name: str, search: Search, teacher: ArchSpec | None) -> StageCost:
+    """All candidates one after another; those that go on from rung to rung are taken to be of mean size."""
+    count, last = len(search.candidates), search.num_finalists
+    what = f"{count} candidates" + (f", {last} to the end" if last < count else "")
+    return _training(recipe, name, "search", what, list(search.candidates), teacher,
+                     search.steps * recipe.step.global_batch_size * recipe.step.seq_length)
+
+
 def _training(recipe: Recipe, name: str, stage: str, what: str, students: list[ArchSpec], teacher: ArchSpec | None,
               tokens: int) -> StageCost:
-    """`students` trained one after another on `tokens` tokens each; memory is the fullest's, step figures are means."""
+    """`students` trained one after another on `tokens` together; memory is the fullest's, step figures are means."""
     step, layout, gpu = recipe.step, recipe.layout, recipe.gpu
     samples = step.global_batch_size
-    steps = math.ceil(tokens / (samples * step.seq_length)) * len(students)
+    steps = math.ceil(tokens / (samples * step.seq_length))
     per_step = sum(training_flops(student, samples=samples, seq_length=step.seq_length, teacher=teacher)
                    for student in students) / len(students)
     took = Seconds()
@@ -123,7 +130,7 @@ def _training(recipe: Recipe, name: str, stage: str, what: str, students: list[A
         took = took.plus(step_seconds(student, layout, step, gpu, teacher=teacher).times(1 / len(students)))
     memory = max((training_memory(student, layout, step, teacher=teacher) for student in students),
                  key=lambda found: found.total)
-    return _stage(recipe, round=name, stage=stage, what=what, tokens=tokens * len(students), steps=steps,
+    return _stage(recipe, round=name, stage=stage, what=what, tokens=tokens, steps=steps,
                   flops=per_step * steps, flops_per_step=per_step, memory=memory, step_seconds=took,
                   seconds=took.total * steps)
 
@@ -195,7 +202,7 @@ def _round_dict(round_: Round) -> dict[str, Any]:
     search = round_.search
     found = None if search is None else {
         "num_combinations": search.num_combinations, "num_candidates": len(search.candidates), "tokens": search.tokens,
-        "ruled_out": dict(search.ruled_out),
+        "num_finalists": search.num_finalists, "steps": search.steps, "ruled_out": dict(search.ruled_out),
         "candidates": [arch.to_dict() | {"num_parameters": arch.num_parameters()} for arch in search.candidates]}
     return {"name": round_.name, "source": round_.source.name, "teacher": round_.teacher.name,
             "student": round_.student.name, "tokens": round_.tokens, "search": found}

@@ -21,12 +21,18 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """Candidates of a round that are all distilled on `tokens` tokens; `ruled_out` as in `search.space.Enumeration`."""
+    """Candidates of a round; `ruled_out` as in `search.space.Enumeration`.
+
+    `num_finalists` of them are distilled on `tokens` tokens, the others (successive halving) on a part of these;
+    `steps` are those of all candidates together.
+    """
 
     num_combinations: int
     ruled_out: Mapping[str, int]
     candidates: tuple[ArchSpec, ...]
     tokens: int
+    steps: int
+    num_finalists: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -75,13 +75,14 @@ def _model_row(model: Model, recipe: Recipe) -> list[str]:
 
 
 def _searches(recipe: Recipe) -> Table:
-    table = _table("search", "round", "combinations", "candidates", "tokens each", "ruled out by each constraint alone")
+    table = _table("search", "round", "combinations", "candidates", "tokens each", "to the end",
+                   "ruled out by each constraint alone")
     for round_ in recipe.rounds:
         if round_.search is not None:
             search = round_.search
+            ruled_out = ", ".join(f"{name} {number:,}" for name, number in search.ruled_out.items() if number)
             table.add_row(round_.name, f"{search.num_combinations:,}", f"{len(search.candidates):,}",
-                          count(search.tokens), ", ".join(f"{name} {number:,}" for name, number in
-                                                          search.ruled_out.items() if number) or "none")
+                          count(search.tokens), f"{search.num_finalists:,}", ruled_out or "none")
     return table
 
 

@@ -19,8 +19,10 @@ Four kinds of data:
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +117,22 @@ def _prepare_text(documents: dict[str, list[Document]], tokenizer_directory: Pat
     folder = directory / digest[:16]
     if (found := _read(folder, digest)) is not None:
         return found
-    dtype = indexed.token_dtype(num_pieces(tokenizer))
-    num_tokens = {split: indexed.build(folder / split, _encoded(tokenizer, documents[split]), dtype)
-                  for split in corpus.SPLITS}
-    write_json(folder / "data.json", {
-        "digest": digest,
-        "num_tokens": num_tokens,
-        "num_documents": {split: len(documents[split]) for split in corpus.SPLITS},
-        "num_heldout_bytes": sum(len(document.text.encode()) for document in documents["heldout"]),
-        "file_sizes": _file_sizes(folder),
-    })
-    prepared = _read(folder, digest)
-    assert prepared is not None
-    return prepared
+    with _alone(folder):
+        if (found := _read(folder, digest)) is not None:  # another job has just made it
+            return found
+        dtype = indexed.token_dtype(num_pieces(tokenizer))
+        num_tokens = {split: indexed.build(folder / split, _encoded(tokenizer, documents[split]), dtype)
+                      for split in corpus.SPLITS}
+        write_json(folder / "data.json", {
+            "digest": digest,
+            "num_tokens": num_tokens,
+            "num_documents": {split: len(documents[split]) for split in corpus.SPLITS},
+            "num_heldout_bytes": sum(len(document.text.encode()) for document in documents["heldout"]),
+            "file_sizes": _file_sizes(folder),
+        })
+        prepared = _read(folder, digest)
+        assert prepared is not None
+        return prepared
 
 
 def _prepare_chat(documents: dict[str, list[Document]], tokenizer_directory: Path, directory: Path,
@@ -138,26 +143,38 @@ def _prepare_chat(documents: dict[str, list[Document]], tokenizer_directory: Pat
     folder = directory / digest[:16]
     if (found := _read(folder, digest)) is not None:
         return found
-    dtype = indexed.token_dtype(num_pieces(tokenizer))
-    num_tokens, num_answer_tokens = {}, {}
-    for split in corpus.SPLITS:
-        encoded = [encode_conversation(tokenizer, template, messages_of(document), document.id)
-                   for document in documents[split]]
-        num_tokens[split] = indexed.build(folder / split, (ids for ids, _ in encoded), dtype)
-        indexed.build(_answers(folder / split), (answers for _, answers in encoded), np.uint8)
-        num_answer_tokens[split] = sum(int(answers.sum()) for _, answers in encoded)
-    write_json(folder / "data.json", {
-        "digest": digest,
-        "chat": True,
-        "num_tokens": num_tokens,
-        "num_answer_tokens": num_answer_tokens,
-        "num_documents": {split: len(documents[split]) for split in corpus.SPLITS},
-        "num_heldout_bytes": None,
-        "file_sizes": _file_sizes(folder),
-    })
-    prepared = _read(folder, digest)
-    assert prepared is not None
-    return prepared
+    with _alone(folder):
+        if (found := _read(folder, digest)) is not None:  # another job has just made it
+            return found
+        dtype = indexed.token_dtype(num_pieces(tokenizer))
+        num_tokens, num_answer_tokens = {}, {}
+        for split in corpus.SPLITS:
+            encoded = [encode_conversation(tokenizer, template, messages_of(document), document.id)
+                       for document in documents[split]]
+            num_tokens[split] = indexed.build(folder / split, (ids for ids, _ in encoded), dtype)
+            indexed.build(_answers(folder / split), (answers for _, answers in encoded), np.uint8)
+            num_answer_tokens[split] = sum(int(answers.sum()) for _, answers in encoded)
+        write_json(folder / "data.json", {
+            "digest": digest,
+            "chat": True,
+            "num_tokens": num_tokens,
+            "num_answer_tokens": num_answer_tokens,
+            "num_documents": {split: len(documents[split]) for split in corpus.SPLITS},
+            "num_heldout_bytes": None,
+            "file_sizes": _file_sizes(folder),
+        })
+        prepared = _read(folder, digest)
+        assert prepared is not None
+        return prepared
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One job at a time writes the folder: candidates of a search may start together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _answers(prefix: Path) -> Path:

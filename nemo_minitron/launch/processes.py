@@ -43,6 +43,41 @@ def placement(cluster: ClusterConfig, world_size: int) -> Placement:
     return Placement(nodes=nodes, per_node=per_node)
 
 
+def group_placement(cluster: ClusterConfig, world_size: int, groups: int) -> Placement:
+    """Where the ranks of one of `groups` jobs side by side go that share the nodes of `world_size` ranks under srun.
+
+    Each has nodes of its own: steps that share a node would have to be told which of its GPUs and CPUs are theirs.
+
+    Raises:
+        LayoutError: more groups than nodes, or nodes that they do not divide.
+    """
+    whole = placement(cluster, world_size)
+    if whole.nodes % groups:
+        raise LayoutError("groups of a search are whole nodes under srun", key="parallel.search_groups",
+                          expected=f"a divisor of the {whole.nodes} nodes, or cluster.launcher=local on a single node",
+                          found=str(groups))
+    return Placement(nodes=whole.nodes // groups, per_node=whole.per_node)
+
+
+def group_devices(world_size: int, groups: int, environ: Mapping[str, str] = os.environ,
+                  devices: Path = Path("/dev")) -> list[dict[str, str]]:
+    """What CUDA_VISIBLE_DEVICES becomes for each of `groups` jobs side by side on this machine; nothing without GPUs.
+
+    Raises:
+        LayoutError: fewer GPUs than ranks.
+    """
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    found = [path.name.removeprefix("nvidia") for path in devices.glob("nvidia[0-9]*")]
+    visible = sorted(found, key=int) if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
+    if not visible or not found:
+        return [{} for _ in range(groups)]
+    if len(visible) < world_size:
+        raise LayoutError("too few GPUs", expected=f"{world_size} for tp*pp*dp processes", found=str(len(visible)),
+                          key="parallel.dp")
+    share = world_size // groups
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[group * share : (group + 1) * share])} for group in range(groups)]
+
+
 def is_srun(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether srun starts the ranks.
 
@@ -66,11 +101,17 @@ def local_command(processes: int, arguments: list[str]) -> list[str]:
             "-m", WORKER, *arguments]
 
 
-def srun_command(cluster: ClusterConfig, place: Placement, arguments: list[str], *, output_dir: Path) -> list[str]:
-    """One task a rank. A rank that ends with an error takes the step down; a lost node ends the whole job."""
+def srun_command(cluster: ClusterConfig, place: Placement, arguments: list[str], *, output_dir: Path,
+                 first_node: int | None = None) -> list[str]:
+    """One task a rank. A rank that ends with an error takes the step down; a lost node ends the whole job.
+
+    `first_node` counts from 0 in the allocation; None lets Slurm choose.
+    """
     command = ["srun", f"--nodes={place.nodes}", f"--ntasks={place.nodes * place.per_node}",
                f"--ntasks-per-node={place.per_node}", "--distribution=block", "--mpi=none", "--export=ALL",
                "--kill-on-bad-exit=1", "--unbuffered"]
+    if first_node is not None:
+        command.append(f"--relative={first_node}")
     if cluster.cpus_per_task:
         command.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun does not take it over from sbatch
     python = sys.executable

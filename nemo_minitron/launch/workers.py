@@ -35,25 +35,21 @@ class Stopped(WorkerError):
 
 
 def run_workers(config: Config, stages: list[str], *, processes: int, command: str, lock: int,
-                round_name: str) -> None:
+                round_name: str, part: dict[str, Any] | None = None, folder: str = "") -> None:
     """Start one process a rank and wait; all `stages` of the round run in the same processes.
 
-    One process without a process group where `processes` is 0.
+    One process without a process group where `processes` is 0. `part` are further entries of `job.json`; a `folder` of
+    its own within the run's folder of jobs is for a job that runs beside others.
 
     Raises:
         UserError: found on a rank, or by what starts them.
         Stopped: a signal ended them.
         WorkerError: anything else that did.
     """
-    job_dir = config.run_dir.absolute() / "job"
-    job_dir.mkdir(exist_ok=True)
-    _wait_for_earlier_ranks(job_dir)
-    for old in (*job_dir.glob("error_*.json"), *job_dir.glob("where_*.json"), job_dir / "stopped.json"):
-        old.unlink(missing_ok=True)
-    token = uuid.uuid4().hex
-    write_json(job_dir / "job.json", {"config": config.to_dict(), "stages": stages, "round": round_name,
-                                      "command": command, "token": token, "processes": processes,
-                                      "slurm_job": os.environ.get("SLURM_JOB_ID")})
+    job_dir = config.run_dir.absolute() / "job" / folder
+    wait_for_earlier_ranks(job_dir)
+    token = write_job(job_dir, config, {"stages": stages, "round": round_name, "command": command,
+                                        "processes": processes} | (part or {}))
     if is_srun(config.cluster):
         place = placement(config.cluster, processes) if processes else Placement(nodes=1, per_node=1)
         start = srun_command(config.cluster, place, [str(job_dir)], output_dir=Path(config.output_dir))
@@ -61,15 +57,15 @@ def run_workers(config: Config, stages: list[str], *, processes: int, command: s
         place = Placement(nodes=1, per_node=max(processes, 1))
         start = local_command(place.per_node, [str(job_dir)])
     worker = subprocess.Popen(start, env=worker_environment(config, place.per_node) | {TOKEN: token}, pass_fds=(lock,),
-                              preexec_fn=_end_with_parent, stderr=subprocess.PIPE)
+                              preexec_fn=end_with_parent, stderr=subprocess.PIPE)
     errors = _watch(worker)
     if worker.returncode != 0 or (job_dir / "stopped.json").exists():
         raise_worker_error(job_dir, errors)
 
 
 def log_dir(job_dir: Path) -> Path:
-    """`outputs/NAME/logs`, where every rank has a log."""
-    return job_dir.parent / "logs"
+    """`outputs/NAME/logs`, where every rank has a log; a job beside others has a folder of its own there."""
+    return job_dir.parent / "logs" if job_dir.name == "job" else job_dir.parent.parent / "logs" / job_dir.name
 
 
 def num_ranks(job: dict[str, Any]) -> int:
@@ -77,8 +73,24 @@ def num_ranks(job: dict[str, Any]) -> int:
     return max(int(job["processes"]), 1)
 
 
-def _wait_for_earlier_ranks(job_dir: Path) -> None:
+def write_job(job_dir: Path, config: Config, job: dict[str, Any], *, alive: Path | None = None) -> str:
+    """Write `job.json` for the ranks and clear what earlier ones left; returns the job's token.
+
+    `alive` is the file that ranks lock as long as they live, `.ranks` in `job_dir` where None.
+    """
+    job_dir.mkdir(parents=True, exist_ok=True)
+    for old in (*job_dir.glob("error_*.json"), *job_dir.glob("where_*.json"), job_dir / "stopped.json"):
+        old.unlink(missing_ok=True)
+    token = uuid.uuid4().hex
+    write_json(job_dir / "job.json", {"config": config.to_dict(), **job, "token": token,
+                                      "alive": str(alive or job_dir / ".ranks"),
+                                      "slurm_job": os.environ.get("SLURM_JOB_ID")})
+    return token
+
+
+def wait_for_earlier_ranks(job_dir: Path) -> None:
     """Ranks hold a shared lock as long as they live: those of a run whose launcher was killed may need a while."""
+    job_dir.mkdir(parents=True, exist_ok=True)
     with open(job_dir / ".ranks", "w") as file:
         deadline = time.monotonic() + 60.0
         while True:
@@ -112,17 +124,18 @@ def _offline(config: Config) -> str:
     return os.environ.get("HF_HUB_OFFLINE", "0") if hub else "1"
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: be told to end when the parent is killed (Linux)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
 
 @contextmanager
-def _passing_on(worker: subprocess.Popen[bytes]) -> Iterator[None]:
+def passing_on(*workers: subprocess.Popen[bytes]) -> Iterator[None]:
     """Hand SIGTERM and SIGUSR1 to the ranks as SIGTERM, which torchrun and srun pass on, and keep waiting for them."""
     def hand_on(number: int, frame: Any) -> None:
-        if worker.poll() is None:
-            worker.send_signal(signal.SIGTERM)
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGTERM)
 
     try:
         before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -140,19 +153,23 @@ def _watch(worker: subprocess.Popen[bytes]) -> list[str]:
     lines: list[str] = []
     assert worker.stderr is not None
     try:
-        with _passing_on(worker):
+        with passing_on(worker):
             for raw in worker.stderr:
-                line = raw.decode(errors="replace")
-                if line.startswith(RECORD):
-                    lines.insert(0, line)
-                else:
-                    lines = [*lines[-199:], line] if len(lines) < 200 else [*lines[:1], *lines[-198:], line]
+                lines = keep_line(lines, raw)
             worker.wait()
     except KeyboardInterrupt:
         worker.send_signal(signal.SIGINT)
         worker.wait()
         raise
     return lines
+
+
+def keep_line(lines: list[str], raw: bytes) -> list[str]:
+    """The last lines of a worker's stderr with one more; an error record stays, at the front."""
+    line = raw.decode(errors="replace")
+    if line.startswith(RECORD):
+        return [line, *lines]
+    return [*lines[-199:], line] if len(lines) < 200 else [*lines[:1], *lines[-198:], line]
 
 
 def raise_worker_error(job_dir: Path, stderr: list[str]) -> None:

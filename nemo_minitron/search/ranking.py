@@ -33,9 +33,25 @@ def rung_steps(steps: int, *, rungs: int, keep: float) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(steps * keep**(rungs - 1 - rung))) for rung in range(rungs)}))
 
 
+def num_survivors(count: int, keep: float) -> int:
+    """How many of `count` candidates go on to the next rung: the fraction `keep`, at least one."""
+    return max(1, math.ceil(count * keep))
+
+
+def trained_steps(count: int, ends: Sequence[int], keep: float) -> tuple[int, int]:
+    """Steps that `count` candidates are trained for together when rungs end at `ends`, and how many reach the last."""
+    total, before = 0, 0
+    for rung, end in enumerate(ends):
+        if rung:
+            count = num_survivors(count, keep)
+        total += count * (end - before)
+        before = end
+    return total, count
+
+
 def survivors(losses: Sequence[float], keep: float) -> list[int]:
-    """Indices of the best `keep` of the candidates, at least one, in their order; of equal ones the earlier stay."""
-    count = max(1, math.ceil(len(losses) * keep))
+    """Indices of the best `num_survivors` of the candidates, in their order; of equal ones the earlier stay."""
+    count = num_survivors(len(losses), keep)
     return sorted(sorted(range(len(losses)), key=lambda index: (_comparable(losses[index]), index))[:count])
 
 

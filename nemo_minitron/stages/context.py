@@ -30,7 +30,8 @@ class Context:
     `part` is the folder under `outputs/NAME` that stages are in: a round's, or a candidate's within a search; those in
     `elsewhere` are in another. `source` is the model that is scored and pruned, `own_teacher` the one that is distilled
     from (None: the recipe's teacher). `round_names` are all rounds of the run. A training stage goes no further than
-    `pause_step`, where there is one, and is not finished then.
+    `pause_step`, where there is one, and is not finished then. `looks_count`: what is read of a training stage are its
+    looks at held-out data, so that its result depends on how many there are.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Context:
     own_teacher: Path | None = None
     round_names: tuple[str, ...] = (ROUND,)
     pause_step: int | None = None
+    looks_count: bool = False
 
     @property
     def round_dir(self) -> Path:

@@ -19,6 +19,7 @@ from nemo_minitron.cost.recipe import Baseline, Model, Recipe, Round, Search
 from nemo_minitron.cost.table import print_plan, refusal
 from nemo_minitron.errors import ConfigError, LayoutError
 from nemo_minitron.parallel.layout import Layout
+from nemo_minitron.search.ranking import rung_steps, trained_steps
 from nemo_minitron.search.recipe import candidates_of, expected_candidate
 from nemo_minitron.stages.aligning import align_phases, start_of
 from nemo_minitron.stages.initialize import initial_arch
@@ -138,10 +139,13 @@ def _student(config: Config, round_: RoundConfig, source: ArchSpec) -> tuple[Sea
         prune: PruneConfig = dataclasses.replace(config.prune, target=round_.target, ratio=round_.ratio,
                                                  budget=round_.budget, layers=layers)
         return None, resolved_target(source, prune)
-    found = candidates_of(source, round_.search)
-    search = Search(num_combinations=found.num_combinations, ruled_out=found.ruled_out, candidates=found.candidates,
-                    tokens=round_.search.tokens)
-    return search, expected_candidate(found, round_.search)
+    search, found = round_.search, candidates_of(source, round_.search)
+    ends = rung_steps(num_steps(search.tokens, global_batch_size=config.train.global_batch_size,
+                                seq_length=config.data.seq_length), rungs=search.rungs, keep=search.keep)
+    steps, finalists = trained_steps(len(found.candidates), ends, search.keep)
+    planned = Search(num_combinations=found.num_combinations, ruled_out=found.ruled_out, candidates=found.candidates,
+                     tokens=search.tokens, steps=steps, num_finalists=finalists)
+    return planned, expected_candidate(found, search)
 
 
 def _check_steps(config: Config, tokens: int, warmup_steps: int) -> None:

@@ -91,7 +91,7 @@ _WITHOUT_EFFECT = ("log_every_steps", "loggers", "checkpoint_every_steps", "not_
 """Keys of `train` that change what is printed and saved on the way, or how it is computed, not the result."""
 
 _LOOKS = ("eval_every_steps", "eval_samples")
-"""Keys of `train` that change the result only where a look decides on it."""
+"""Keys of `train` that change the result only where a look decides on it, or where the looks are the result."""
 
 
 def wanted_stages(context: Context) -> list[str]:
@@ -116,9 +116,14 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     part = context.config_part(*STAGES[stage].config)
     if "train" in part:
         train = part["train"]
-        decide = train["keep_best"] or train["stop"]["heldout_ce"] is not None or stage == "scratch_until"
+        decide = (train["keep_best"] or train["stop"]["heldout_ce"] is not None or stage == "scratch_until"
+                  or context.looks_count)
         unused = _WITHOUT_EFFECT if decide else (*_WITHOUT_EFFECT, *_LOOKS)
+        eval_samples = train["eval_samples"]
         part["train"] = {key: value for key, value in part["train"].items() if key not in unused}
+        if stage == "search":  # how often its candidates are looked at is `search.looks`
+            part["train"] = {**part["train"], "eval_samples": eval_samples}
+            part["train"].pop("eval_every_steps", None)
     if "data" in part:
         part["data"] = _what_is_read(part["data"])
     if stage == "evaluate":

@@ -88,9 +88,10 @@ def candidate_context(context: Context, name: str, sizes: dict[str, int]) -> Con
     steps = search_steps(config)
     train = dataclasses.replace(config.train, eval_every_steps=max(1, steps // config.search.looks), keep_best=False,
                                 stop=StopConfig())
-    return pruned_to(context, sizes, f"search/{name}", stages=_stages(config, ["prune", "distill"]), train=train,
-                     optim=search_optim(config),
-                     distill=dataclasses.replace(config.distill, tokens=config.search.tokens, phases=[]))
+    found = pruned_to(context, sizes, f"search/{name}", stages=_stages(config, ["prune", "distill"]), train=train,
+                      optim=search_optim(config),
+                      distill=dataclasses.replace(config.distill, tokens=config.search.tokens, phases=[]))
+    return dataclasses.replace(found, looks_count=True)
 
 
 def compared_context(context: Context, sizes: dict[str, int]) -> Context:

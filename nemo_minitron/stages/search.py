@@ -1,51 +1,64 @@
 """Stage `search`: every candidate is pruned from the same scores and distilled for a while; the best is chosen.
 
 arXiv:2407.14679, section 3 (lightweight neural architecture search). A candidate's stages are ordinary ones, in
-`search/CANDIDATE/STAGE`, so that a search that was killed goes on with the candidate and the step it was at. Candidates
-run one after another in the same processes, each on all ranks.
+`search/CANDIDATE/STAGE`, so that a search that was killed goes on with the candidate and the step it was at. The stage
+trains what is missing, one candidate after another in the same processes, each on all ranks, and ranks them. Jobs of
+their own (`side_by_side`, or tasks of a Slurm job array) may have trained them before: `train`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Candidate, read_json, write_json
+from nemo_minitron.errors import UserError
 from nemo_minitron.evaluate.loss import heldout_loss
 from nemo_minitron.model.build import load_model, transformer_config
 from nemo_minitron.search import ranking
-from nemo_minitron.search.recipe import candidates_of
+from nemo_minitron.stages.candidates import Candidates, candidates_in, curve, has_reached
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import prepared_data, split_samples
-from nemo_minitron.stages.execute import execute, has_begun
+from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.registry import due_stages
-from nemo_minitron.stages.rounds import candidate_context, search_steps
 from nemo_minitron.stages.targets import sizes_of
-from nemo_minitron.training.resume import sealed_points
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write `ranking.json`; every rank takes part."""
-    search = context.config.search
-    found = candidates_of(context.source_model().arch, search)
-    archs = {ranking.candidate_name(arch): arch for arch in found.candidates}
-    contexts = {name: candidate_context(context, name, sizes_of(arch)) for name, arch in archs.items()}
-    for arch in archs.values():
-        context.layout.check(arch, name="candidate", seq_length=context.config.data.seq_length)
-    context.say(f"[search] {len(archs)} candidates of {found.num_combinations} combinations")
-    ends = ranking.rung_steps(search_steps(context.config), rungs=search.rungs, keep=search.keep)
-    present, measured, rungs = list(archs), {}, []
-    for end in ends:
+    candidates = _checked(context)
+    context.say(f"[search] {len(candidates.archs)} candidates of {candidates.num_combinations} combinations")
+    present, measured, rungs = list(candidates.archs), {}, []
+    for rung, end in enumerate(candidates.ends):
         for name in present:
-            measured[name] = _advance(contexts[name], name, archs[name], end=end, last=end == ends[-1])
+            measured[name] = _advance(candidates, name, rung)
         losses = [measured[name].loss for name in present]
-        kept = present if end == ends[-1] else [present[i] for i in ranking.survivors(losses, search.keep)]
+        last = end == candidates.ends[-1]
+        kept = present if last else [present[i] for i in ranking.survivors(losses, candidates.keep)]
         rungs.append({"step": end, "candidates": present, "kept": kept})
         present = kept
     return _choose(context, list(measured.values()), rungs)
+
+
+def train(context: Context, names: list[str], rung: int) -> None:
+    """Bring the candidates `names` to the end of a rung (from 0), as far as they are not there; every rank takes part.
+
+    Nothing else of the search is done or written. Other jobs may train other candidates at the same time.
+    """
+    candidates = _checked(context)
+    for name in names:
+        _advance(candidates, name, rung)
+
+
+def _checked(context: Context) -> Candidates:
+    candidates = candidates_in(context)
+    for arch in candidates.archs.values():
+        context.layout.check(arch, name="candidate", seq_length=context.config.data.seq_length)
+    return candidates
 
 
 def _choose(context: Context, measured: list[Candidate], rungs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -65,29 +78,53 @@ def _choose(context: Context, measured: list[Candidate], rungs: list[dict[str, A
             "losses": {one.name: one.loss for one in order}, "steps": first.step}
 
 
-def _advance(context: Context, name: str, arch: ArchSpec, *, end: int, last: bool) -> Candidate:
-    """Prune the candidate, measure it, and distil it up to step `end`, as far as that is not done."""
-    due = _due(context)
-    if "prune" in due:
-        execute(context, ["prune"])
-    pruned_loss = _pruned_loss(context)
-    if "distill" in due and (last or not context.share(_has_reached(context, end))):
-        execute(dataclasses.replace(context, pause_step=None if last else end), ["distill"])
-    curve = context.share(_curve(context.stage_dir("distill") / "metrics.jsonl", end) if context.rank == 0 else None)
+def _advance(candidates: Candidates, name: str, rung: int) -> Candidate:
+    """Prune the candidate, measure it, and distil it up to the end of a rung, as far as that is not done."""
+    context, end, last = candidates.contexts[name], candidates.ends[rung], rung == len(candidates.ends) - 1
+    with _alone(context):
+        due = _due(context)
+        if "prune" in due:
+            execute(context, ["prune"])
+        pruned_loss = _pruned_loss(context)
+        if "distill" in due and (last or not context.share(has_reached(context, end) if context.rank == 0 else None)):
+            execute(dataclasses.replace(context, pause_step=None if last else end), ["distill"])
+        looks = context.share(curve(context, end) if context.rank == 0 else None)
     manifest = context.manifest("distill")
-    return Candidate(name=name, arch=arch, sizes=sizes_of(arch), pruned_loss=pruned_loss, curve=curve,
+    arch = candidates.archs[name]
+    return Candidate(name=name, arch=arch, sizes=sizes_of(arch), pruned_loss=pruned_loss, curve=looks,
                      seconds=None if manifest is None else manifest.result["seconds"])
+
+
+@contextmanager
+def _alone(context: Context) -> Iterator[None]:
+    """Keep other jobs out of a candidate's folder for as long as this job works in it; every rank must enter.
+
+    Raises:
+        UserError: another one has been in there for a minute.
+    """
+    if context.rank != 0:
+        context.barrier()
+        yield
+        return
+    context.round_dir.mkdir(parents=True, exist_ok=True)
+    with open(context.round_dir / ".lock", "w") as file:
+        deadline = time.monotonic() + 60.0
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError("another job works on this candidate", expected=f"nobody else in "
+                                    f"{context.round_dir}", found="a held lock", key="name") from None
+                time.sleep(0.5)
+        context.barrier()
+        yield
 
 
 def _due(context: Context) -> list[str]:
     due: list[str] = context.share(due_stages(context) if context.rank == 0 else None)
     return due
-
-
-def _has_reached(context: Context, end: int) -> bool:
-    """Whether the candidate was paused at this step, or later, by this very recipe (rank 0 decides)."""
-    points = sealed_points(context.stage_dir("distill") / "resume")
-    return has_begun(context, "distill") and bool(points) and points[0].step >= end
 
 
 def _pruned_loss(context: Context) -> float:
@@ -111,13 +148,3 @@ def _pruned_loss(context: Context) -> float:
             write_json(path, found)
     context.say(f"[search] {context.part.rpartition('/')[2]}: held-out {found['loss']:.4f} nats/token after pruning")
     return float(found["loss"])
-
-
-def _curve(path: Path, end: int) -> tuple[tuple[int, int, float], ...]:
-    """(step, tokens, held-out loss) of the looks up to step `end`; the last line of a step counts."""
-    looks: dict[int, tuple[int, int, float]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        if "heldout_ce" in line and line["step"] <= end:
-            looks[line["step"]] = (line["step"], line["tokens"], line["heldout_ce"])
-    return tuple(looks[step] for step in sorted(looks))

@@ -89,3 +89,41 @@ def test_rounds_go_on_with_the_first_unfinished_stage(inputs, tmp_path):
     assert "already done in half: score, prune, distill, evaluate, report" in again.stdout
     assert "already done in quarter: score, prune\n" in again.stdout
     assert losses(run_dir) == expected
+
+
+def only_search(inputs, directory, **changes):
+    """The search alone, as the arguments of a command with results in `directory`."""
+    return inputs.arguments(directory, **SEARCH, stages="[score,prune]", **changes)
+
+
+def candidates(run_dir):
+    """Every candidate's losses as they were measured, and who went on from which rung."""
+    ranking = json.loads((run_dir / "round1/search/ranking.json").read_text())
+    return ([(one["name"], one["pruned_loss"], one["curve"]) for one in ranking["candidates"]], ranking["rungs"],
+            ranking["chosen"]["name"])
+
+
+@pytest.fixture(scope="module")
+def one_after_another(inputs, tmp_path_factory):
+    """What the search comes to in one process."""
+    directory = tmp_path_factory.mktemp("search")
+    run_well(only_search(inputs, directory / "outputs"), directory)
+    return candidates(directory / "outputs/tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_candidates_side_by_side_have_the_same_losses_and_go_on_after_a_kill(inputs, one_after_another, tmp_path):
+    arguments = only_search(inputs, tmp_path / "outputs", parallel__dp=2, parallel__search_groups=2)
+    run_dir = tmp_path / "outputs/tiny"
+    search = run_dir / "round1/search"
+    kill_when(arguments, tmp_path, lambda: len(list(search.glob("*/distill/started.json"))) >= 2)
+    assert not list(search.glob("*/distill/resume/*/complete.json")), "two candidates were trained at the same time"
+    begun = sorted(path.parents[1].name for path in search.glob("*/distill/started.json"))
+    kill_when(arguments, tmp_path, lambda: len(list(search.glob("*/distill/manifest.json"))) >= 1)
+    again = run_well(arguments, tmp_path)
+    assert "already done: score" in again.stdout and f"search/{begun[0]}/prune" not in again.stdout
+    assert candidates(run_dir) == one_after_another
+    manifests = [json.loads(path.read_text()) for path in search.glob("*/distill/manifest.json")]
+    assert len(manifests) == 2 and all(found["world"]["world_size"] == 1 for found in manifests)
+    assert "already done: score, search, prune" in run_well(arguments, tmp_path).stdout

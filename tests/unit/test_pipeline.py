@@ -137,3 +137,9 @@ def test_who_inherits_the_lock_holds_it(tmp_path):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(inherited)
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_groups_of_a_search_are_whole_replicas(recipe):
+    pipeline.check_recipe(Context(config=recipe(parallel={"dp": 4, "search_groups": 2})))
+    with pytest.raises(ConfigError, match=r"divisor of parallel.dp.*parallel.search_groups"):
+        recipe(parallel={"dp": 4, "search_groups": 3})

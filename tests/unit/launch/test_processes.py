@@ -5,7 +5,15 @@ import pytest
 
 from nemo_minitron.config import ClusterConfig
 from nemo_minitron.errors import ConfigError, LayoutError
-from nemo_minitron.launch.processes import Placement, is_srun, local_command, placement, srun_command
+from nemo_minitron.launch.processes import (
+    Placement,
+    group_devices,
+    group_placement,
+    is_srun,
+    local_command,
+    placement,
+    srun_command,
+)
 
 DGX = {"gpus_per_node": 8}
 
@@ -74,3 +82,53 @@ def test_srun_into_a_container(tmp_path):
 
 def test_torchrun_here():
     assert local_command(4, ["job"])[-5:] == ["--nproc-per-node", "4", "-m", "nemo_minitron.worker", "job"]
+
+
+@pytest.mark.parametrize(("cluster", "world", "groups", "expected"), [
+    (DGX, 32, 2, (2, 8)), (DGX, 32, 4, (1, 8)), ({"processes_per_node": 2}, 4, 2, (1, 2)), (DGX, 32, 1, (4, 8)),
+])
+def test_groups_under_srun_have_nodes_of_their_own(cluster, world, groups, expected):
+    nodes, per_node = expected
+    assert group_placement(ClusterConfig(**cluster), world, groups) == Placement(nodes=nodes, per_node=per_node)
+
+
+@pytest.mark.parametrize(("world", "groups"), [(8, 2), (32, 8), (24, 2)])
+def test_groups_that_would_share_a_node_are_refused_under_srun(world, groups):
+    with pytest.raises(LayoutError, match=r"whole nodes.*cluster.launcher=local.*parallel.search_groups"):
+        group_placement(ClusterConfig(**DGX), world, groups)
+
+
+def test_srun_on_nodes_from_the_middle_of_the_allocation(tmp_path):
+    command = srun_command(ClusterConfig(), Placement(nodes=2, per_node=8), ["job"], output_dir=tmp_path, first_node=2)
+    assert "--relative=2" in command and "--nodes=2" in command
+    plain = srun_command(ClusterConfig(), Placement(nodes=2, per_node=8), ["job"], output_dir=tmp_path)
+    assert not any(part.startswith("--relative") for part in plain)
+
+
+@pytest.fixture
+def devices(tmp_path):
+    """`devices(n)`: a stand-in for /dev with so many GPUs."""
+    def make(count):
+        for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(count))):
+            (tmp_path / name).touch()
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(("environ", "gpus", "expected"), [
+    ({}, 8, ["0,1,2,3", "4,5,6,7"]), ({}, 12, ["0,1,2,3", "4,5,6,7"]), ({}, 0, None),
+    ({"CUDA_VISIBLE_DEVICES": ""}, 8, None),
+    ({"CUDA_VISIBLE_DEVICES": "7,6,5,4,3,2,1,0"}, 8, ["7,6,5,4", "3,2,1,0"]),
+    ({"CUDA_VISIBLE_DEVICES": ",".join(f"GPU-{letter}" for letter in "abcdefgh")}, 8,
+     ["GPU-a,GPU-b,GPU-c,GPU-d", "GPU-e,GPU-f,GPU-g,GPU-h"]),
+])
+def test_groups_on_one_machine_have_gpus_of_their_own(environ, gpus, expected, devices):
+    found = group_devices(8, 2, environ, devices(gpus))
+    assert found == ([{}, {}] if expected is None else [{"CUDA_VISIBLE_DEVICES": part} for part in expected])
+
+
+@pytest.mark.parametrize(("environ", "gpus", "found"), [({}, 4, "4"), ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, 8, "3")])
+def test_groups_do_not_share_a_gpu_nor_go_to_the_cpu(environ, gpus, found, devices):
+    with pytest.raises(LayoutError, match=rf"too few GPUs.*8 .*found {found}.*parallel.dp"):
+        group_devices(8, 2, environ, devices(gpus))

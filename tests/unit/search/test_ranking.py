@@ -13,6 +13,7 @@ from nemo_minitron.search.ranking import (
     safe_step,
     stability,
     survivors,
+    trained_steps,
 )
 
 ARCH = ArchSpec(family="llama", num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
@@ -34,6 +35,20 @@ def test_the_name_tells_the_sizes():
 ])
 def test_rungs_end_with_all_steps(steps, rungs, keep, expected):
     assert rung_steps(steps, rungs=rungs, keep=keep) == expected
+
+
+@pytest.mark.parametrize(("count", "steps", "rungs", "keep", "expected"), [
+    (9, 40, 1, 0.5, (360, 9)), (9, 40, 3, 0.5, (9 * 10 + 5 * 10 + 3 * 20, 3)), (9, 27, 3, 1 / 3, (27 + 18 + 18, 1)),
+    (4, 8, 2, 0.5, (4 * 4 + 2 * 4, 2)), (1, 8, 2, 0.5, (8, 1)),
+])
+def test_steps_that_halving_spends(count, steps, rungs, keep, expected):
+    ends = rung_steps(steps, rungs=rungs, keep=keep)
+    assert trained_steps(count, ends, keep) == expected
+    left, counted = list(range(count)), 0
+    for rung, end in enumerate(ends):  # the same, by going through the rungs as the stage does
+        counted += len(left) * (end - (ends[rung - 1] if rung else 0))
+        left = left if end == ends[-1] else [left[i] for i in survivors([float(one) for one in left], keep)]
+    assert (counted, len(left)) == expected
 
 
 @pytest.mark.parametrize(("losses", "keep", "expected"), [

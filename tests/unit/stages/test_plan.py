@@ -102,6 +102,24 @@ def test_every_training_of_an_alignment_has_a_row_of_its_own_size():
     assert first.steps == -(-120_000 // (8 * 256)) and second.steps == -(-24_000 // (8 * 256))
 
 
+def test_a_search_costs_the_tokens_that_halving_spends(capsys):
+    def searched(*more):
+        recipe = planned(load_config(["experiment=demo_search", *more]))
+        (stage,) = (stage for stage in plan_of(recipe).stages if stage.stage == "search")
+        return stage
+
+    whole, halved = searched(), searched("search.rungs=3")
+    assert (whole.what, whole.steps, whole.tokens) == ("9 candidates", 9 * 40, 9 * 40 * 16 * 256)
+    assert (halved.what, halved.steps) == ("9 candidates, 3 to the end", 9 * 10 + 5 * 10 + 3 * 20)
+    assert halved.tokens == halved.steps * 16 * 256
+    assert halved.flops == pytest.approx(whole.flops * halved.steps / whole.steps)
+    assert halved.gpu_hours == pytest.approx(whole.gpu_hours * halved.steps / whole.steps)
+    assert halved.memory == whole.memory
+    code, out, _ = shown(capsys, "format=json", "experiment=demo_search", "search.rungs=3")
+    search = json.loads(out)["rounds"][0]["search"]
+    assert code == 0 and (search["num_candidates"], search["num_finalists"], search["steps"]) == (9, 3, 200)
+
+
 def test_a_round_prunes_what_an_earlier_one_made():
     rounds = ("rounds=[{name: a, target: {hidden_size: 144}},"
               "{name: b, source: a, teacher: source, ratio: {ffn_hidden_size: 0.5}, distill: {tokens: 990000}}]")

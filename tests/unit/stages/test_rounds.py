@@ -92,6 +92,25 @@ def test_a_search_does_not_depend_on_the_long_distillation(recipe):
     assert parts[0] == parts[1] != parts[2]
 
 
+@pytest.mark.parametrize(("changes", "candidate", "search"), [
+    ({"search": SEARCH | {"looks": 1}}, True, True),
+    ({"train": {"eval_samples": 3}}, True, True),
+    ({"search": SEARCH | {"rungs": 2}}, False, True),
+    ({"search": SEARCH | {"compare": True}}, False, False),
+    ({"train": {"eval_every_steps": 7}}, False, False),
+    ({"train": {"log_every_steps": 7}}, False, False),
+])
+def test_what_a_candidate_s_curve_depends_on(changes, candidate, search, recipe):
+    base = {"search": SEARCH, "train": {"global_batch_size": 8, "micro_batch_size": 2}}
+    before, after = (recipe(**base | {key: base[key] | value for key, value in more.items()})
+                     for more in ({}, changes))
+    curves = [registry.stage_config(candidate_context(one, "small", SIZES), "distill") for one in (before, after)]
+    assert (curves[0] != curves[1]) is candidate
+    assert (registry.stage_config(before, "search") != registry.stage_config(after, "search")) is search
+    compared = [registry.stage_config(compared_context(one, SIZES), "distill") for one in (before, after)]
+    assert compared[0] == compared[1], "the full distillation does not depend on how the search looks"
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rounds": [HALF, QUARTER | {"target": {"ffn_hidden_size": 32}}]}, "ffn_hidden_size"),
     ({"rounds": [HALF, QUARTER | {"distill": {"warmup_steps": 99}}]}, "warm-up"),
