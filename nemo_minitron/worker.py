@@ -58,6 +58,8 @@ def main() -> int:
         _leave(job_dir, job, log, {"kind": "user", "rank": rank, "message": str(error)})
         return 2
     except signals.Stop as stop:
+        if watch is not None and watch.failed:
+            return 1  # torchrun or srun sent the signal, and nobody who wants the job to go on later
         if rank == 0:
             write_json(job_dir / "stopped.json", {"message": str(stop), "time": time.time()})
         return 0

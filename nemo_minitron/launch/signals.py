@@ -21,12 +21,21 @@ class Stop(BaseException):
 
 _received: str | None = None
 _held = False
+_listening = False
 
 
 def listen() -> None:
     """Take notice of `SIGNALS` from now on (main thread)."""
+    global _listening
+    _listening = True
     for number in SIGNALS:
         signal.signal(number, _notice)
+
+
+def listen_alone() -> None:
+    """Take SIGTERM back from Lightning, whose handler ends a training at a place of its own, without a resume point."""
+    if _listening:
+        signal.signal(signal.SIGTERM, _notice)
 
 
 def requested() -> str | None:

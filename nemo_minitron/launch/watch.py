@@ -38,11 +38,14 @@ class Watch(threading.Thread):
         self.rank = rank
         self.world_size = world_size
         self.stall_s = stall_s
+        self.failed: list[int] = []
+        """Ranks that were seen to have failed: a signal that comes after that is what their end brings about."""
         self._left = threading.Event()
 
     def leave(self) -> None:
         """The main thread ends by itself."""
         self._left.set()
+        faulthandler.cancel_dump_traceback_later()
 
     def run(self) -> None:
         """Poll; ends the process, not only the thread."""
@@ -54,6 +57,7 @@ class Watch(threading.Thread):
                 self._say_where(why, "error", kind="stall")
                 wait_for_others(self.job_dir, self.world_size)
             elif failed := [rank for rank in ranks_of(self.job_dir, "error") if rank != self.rank]:
+                self.failed = failed
                 if self._left.wait(ALONE_S / 4):  # it fails by itself, at the same moment
                     return
                 self._say_where(f"rank {failed[0]} has failed", "where", kind="beside")

@@ -34,6 +34,7 @@ class ResumePoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From now on a signal waits for the end of the step. Leaves the number of steps for `minitron status`."""
         signals.hold()
+        signals.listen_alone()
         if trainer.is_global_zero:
             write_json(self.directory.parent / "progress.json", {"steps": trainer.max_steps})
 

@@ -30,7 +30,7 @@ def plant():
     TrainingModule.data_step = oversleep
 
 
-if os.environ.get("RANK") == "1":
+if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
     threading.Thread(target=plant, daemon=True).start()
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts import write_json
-from nemo_minitron.launch.watch import leave_record, ranks_of, wait_for_others
+from nemo_minitron.launch.watch import Watch, leave_record, ranks_of, wait_for_others
 from nemo_minitron.launch.workers import TOKEN, WorkerError, raise_worker_error
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,6 +69,19 @@ def test_when_one_rank_has_failed_the_rest_end_at_once(tmp_path):
     for rank in (0, 2):
         record = json.loads((job_dir / f"where_{rank}.json").read_text())
         assert record["message"] == "rank 1 has failed" and record["where"] in log(job_dir, rank)
+
+
+def test_a_rank_knows_that_another_has_failed_before_a_signal_tells_it_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_minitron.launch.watch.POLL_S", 0.05)
+    monkeypatch.setattr("nemo_minitron.launch.watch.ALONE_S", 0.05)
+    watch = Watch(tmp_path, rank=0, world_size=2, stall_s=100)
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", lambda code: (codes.append(code), watch.leave()))
+    assert watch.failed == []
+    leave_record(tmp_path, "error", {"rank": 1})
+    watch.start()
+    watch.join(20)
+    assert codes == [1] and watch.failed == [1] and ranks_of(tmp_path, "where") == [0]
 
 
 def test_what_an_earlier_job_left_is_no_alarm(tmp_path, monkeypatch):

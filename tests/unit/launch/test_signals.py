@@ -10,6 +10,7 @@ from nemo_minitron.launch import signals
 def _listening(monkeypatch):
     monkeypatch.setattr(signals, "_received", None)
     monkeypatch.setattr(signals, "_held", False)
+    monkeypatch.setattr(signals, "_listening", False)
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signals.listen()
     yield
@@ -32,3 +33,18 @@ def test_in_training_it_waits_to_be_asked_for():
     signals.release()
     with pytest.raises(signals.Stop):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_handler_that_was_put_before_it_is_taken_away():
+    ours = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))
+    signals.hold()
+    signals.listen_alone()
+    assert signal.getsignal(signal.SIGTERM) is ours
+
+
+def test_where_nobody_listens_no_handler_is_changed(monkeypatch):
+    monkeypatch.setattr(signals, "_listening", False)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signals.listen_alone()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
