@@ -16,6 +16,8 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
   run                      do what is missing of the recipe (the default)
   config                   print the composed recipe and start nothing
   plan [format=json]       print what the recipe needs and costs (parameters, memory, FLOPs, GPU-hours), start nothing
+  candidate rung=R [task=K] [experiment=NAME] [key=value ...]
+                           train one candidate of a search, what a task of a Slurm job array runs
   status outputs/NAME [--json]
                            how far a run is: stages, progress, time left, jobs; from its files
   scores show PATH         print and plot what was measured, layer by layer
@@ -42,6 +44,7 @@ TOOLS = {
     ("scores", "show"): "report.scores_command:show",
     ("scores", "diff"): "report.scores_command:diff",
     ("plan",): "stages.plan:plan",
+    ("candidate",): "pipeline:candidate",
     ("data", "prepare"): "data.command:prepare",
     ("import",): "checkpoint.command:import_command",
     ("export",): "checkpoint.command:export_command",

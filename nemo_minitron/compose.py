@@ -31,6 +31,9 @@ from nemo_minitron.config import (
 from nemo_minitron.config_rounds import RoundConfig
 from nemo_minitron.errors import ConfigError
 
+_JOB_STAGES = (*STAGES, "search", "compare")
+"""What one job of a chain may be: also those that no recipe lists, since they follow from `search`."""
+
 
 def conf_dir() -> Path:
     """The folder of the YAML files: beside the package in a checkout, inside it when installed as a wheel."""
@@ -120,8 +123,9 @@ def _check(config: Config) -> None:
         if unknown:
             raise ConfigError(f"unknown entry in {name}", expected=", ".join(allowed), found=", ".join(unknown),
                               key=name)
-    if unknown := [value for value in config.only if value not in STAGES]:
-        raise ConfigError("unknown entry in only", expected=", ".join(STAGES), found=", ".join(unknown), key="only")
+    if unknown := [value for value in config.only if value not in _JOB_STAGES]:
+        raise ConfigError("unknown entry in only", expected=", ".join(_JOB_STAGES), found=", ".join(unknown),
+                          key="only")
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("data.kind", config.data.kind, ("auto", "corpus", "text", "indexed", "chat")),
         ("data.packing", config.data.packing, ("none", "documents")),
@@ -214,8 +218,8 @@ def _check_cluster(cluster: ClusterConfig) -> None:
         if value is not None and value < 1:
             raise ConfigError("bad value", expected="a positive number or null", found=str(value),
                               key=f"cluster.{name}")
-    for name in ("gpus_per_node", "grace_s", "max_restarts"):
-        if getattr(cluster, name) < 0:
+    for name in ("gpus_per_node", "grace_s", "max_restarts", "search_array"):
+        if (getattr(cluster, name) or 0) < 0:
             raise ConfigError("bad value", expected="zero or more", found=str(getattr(cluster, name)),
                               key=f"cluster.{name}")
     secret = [name for name in cluster.environment if _SECRET.search(name)]
@@ -224,9 +228,9 @@ def _check_cluster(cluster: ClusterConfig) -> None:
                           expected="it in the environment of the shell that submits, which is passed on",
                           found=", ".join(secret), key="cluster.environment")
     for job in cluster.jobs:
-        unknown = [stage for stage in job.stages if stage not in STAGES]
+        unknown = [stage for stage in job.stages if stage not in _JOB_STAGES]
         if unknown or not job.stages:
-            raise ConfigError("a job of unknown stages", expected=", ".join(STAGES),
+            raise ConfigError("a job of unknown stages", expected=", ".join(_JOB_STAGES),
                               found=", ".join(unknown) or "none", key="cluster.jobs")
 
 

@@ -341,6 +341,9 @@ class ClusterConfig:
     """Set for every rank. Not for secrets: those pass through from the submitting shell."""
     jobs: list[JobConfig] = field(default_factory=list)
     """The recipe as a chain of dependent jobs; empty: one job."""
+    search_array: int | None = None
+    """Tasks of a job array, one a candidate, that train the candidates of a search at the same time; 0: all of them;
+    null: the search runs within its job."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.checkpoint.digest import read_checkpoint
+from nemo_minitron.compose import load_config
 from nemo_minitron.config import Config
 from nemo_minitron.data.blend import check_blend
 from nemo_minitron.errors import ConfigError, UserError
@@ -32,7 +33,7 @@ from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.registry import STAGES, asked_stages, check_inputs, due_stages, wanted_stages
 from nemo_minitron.stages.rounds import round_contexts, search_optim, search_steps
-from nemo_minitron.stages.side_by_side import train_side_by_side
+from nemo_minitron.stages.side_by_side import train_one, train_side_by_side
 from nemo_minitron.stages.targets import check_depth, check_layer_metric, how_to_rank, resolved_target
 from nemo_minitron.stages.teaching import intermediate_terms, relation_heads, teacher_layout
 from nemo_minitron.training.budget import check_warmup, plan_phases
@@ -53,6 +54,34 @@ def run(config: Config, arguments: list[str]) -> None:
         _record(config, arguments)
         for round_ in round_contexts(context):
             _run_round(config, round_, lock)
+
+
+def candidate(arguments: list[str]) -> None:
+    """Train one candidate of a search: `rung=R [task=K] ARGUMENTS`, what a task of a job array runs.
+
+    R counts from 1; K from 0, and is SLURM_ARRAY_TASK_ID where it is not given. Tasks may run at the same time.
+
+    Raises:
+        UserError: no such candidate, or what the search reads is not there.
+        Stopped, WorkerError: as `run`.
+    """
+    own = {name: value for name, _, value in (argument.partition("=") for argument in arguments)
+           if name in ("rung", "task")}
+    config = load_config([argument for argument in arguments if argument.partition("=")[0] not in own])
+    numbers = {"rung": own.get("rung", ""), "task": own.get("task", os.environ.get("SLURM_ARRAY_TASK_ID", ""))}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise ConfigError("which candidate?", expected="rung=R, from 1, and task=K or SLURM_ARRAY_TASK_ID, from 0",
+                              found=f"{name}={value}", key=name)
+    config = dataclasses.replace(config, only=["search"])
+    context = Context(config=config, command=" ".join(["minitron", "candidate", *arguments]))
+    if config.rounds or "search" not in wanted_stages(context):
+        raise ConfigError("no candidates", expected="a recipe with a search and without rounds",
+                          found=f"{len(config.rounds)} rounds" if config.rounds else "no search", key="search")
+    check_recipe(context)
+    check_inputs(context, ["search"])
+    with _lock(config.run_dir, shared=True) as lock, _requeued(config):
+        train_one(config, context, rung=int(numbers["rung"]) - 1, task=int(numbers["task"]), lock=lock)
 
 
 def _run_round(config: Config, context: Context, lock: int) -> None:
@@ -218,8 +247,11 @@ def _record(config: Config, arguments: list[str]) -> None:
 
 
 @contextmanager
-def _lock(run_dir: Path) -> Iterator[int]:
-    """Keep other runs of the same name out, until the last process that holds the lock's descriptor has ended."""
+def _lock(run_dir: Path, *, shared: bool = False) -> Iterator[int]:
+    """Keep other runs of the same name out, until the last process that holds the lock's descriptor has ended.
+
+    `shared` lets others in that are shared too.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -230,7 +262,7 @@ def _lock(run_dir: Path) -> Iterator[int]:
         deadline = time.monotonic() + 60.0  # workers of a killed run need some seconds to end
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_minitron.artifacts import read_json, write_json
+from nemo_minitron.checkpoint.families import read_arch
 from nemo_minitron.cli import main as minitron
 from nemo_minitron.compose import load_config
 from nemo_minitron.config import ClusterConfig, Config
@@ -19,7 +20,9 @@ from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.launch import docker, sbatch
 from nemo_minitron.launch.processes import Placement, local_command, placement
 from nemo_minitron.launch.sbatch import Job
+from nemo_minitron.stages.candidates import rung_sizes
 from nemo_minitron.stages.context import Context
+from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.registry import STAGES, asked_stages, wanted_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +79,7 @@ def in_docker(arguments: list[str], dry_run: bool) -> int:
 
 
 def in_slurm(arguments: list[str], dry_run: bool) -> int:
-    """Submit the recipe: one job, or the chain of `cluster.jobs`, each after the one before.
+    """Submit the recipe: one job, or the chain of `cluster.jobs`, each after the one before; a search as job arrays.
 
     Raises:
         UserError: a cluster, layout or folder that does not fit; what sbatch refuses.
@@ -100,9 +103,9 @@ def in_slurm(arguments: list[str], dry_run: bool) -> int:
             raise UserError("sbatch refused a job", expected=f"{shlex.join(command)} to be accepted", key="cluster",
                             found=done.stderr.strip().removeprefix("sbatch: error: "))
         before = done.stdout.strip().partition(";")[0]
-        _record(config, before, job.stages)
-        log = sbatch.log_pattern(config).replace("%j", before)
-        print(f"job {before}: {', '.join(job.stages)} on {job.place.nodes} x {job.place.per_node} ranks; {log}")
+        log = sbatch.log_pattern(job, before)
+        _record(config, before, job, log)
+        print(f"job {before}: {job.what} on {job.place.nodes} x {job.place.per_node} ranks; {log}")
     return 0
 
 
@@ -115,21 +118,55 @@ def chain(arguments: list[str]) -> list[Job]:
     """
     config = load_config(arguments)
     wanted = wanted_stages(Context(config=config))
+    searched = [round_.name for round_ in config.rounds if round_.search is not None]
+    if searched and config.cluster.search_array is not None:
+        raise ConfigError("the searches of rounds are not run as job arrays", found=", ".join(searched),
+                          expected="null, or no rounds with a search", key="cluster.search_array")
     parts = [(tuple(part.stages), tuple(part.overrides)) for part in config.cluster.jobs] or [((), ())]
     named = [stage for stages, _ in parts for stage in stages]
     if config.cluster.jobs and named != wanted:
         raise ConfigError("the jobs do not make up the recipe", expected=f"{', '.join(wanted)}, in this order",
                           found=", ".join(named), key="cluster.jobs")
-    jobs = []
+    jobs: list[Job] = []
     for stages, overrides in parts:
-        own = [*arguments, *overrides, *([f"only=[{','.join(stages)}]"] if stages else [])]
-        job_config = load_config(own)
-        context = Context(config=job_config)
-        asked = asked_stages(context)
-        ranks = any(STAGES[stage].ranks for stage in asked)
-        place = (placement(job_config.cluster, context.layout.world_size) if ranks else Placement(nodes=1, per_node=1))
-        jobs.append(Job(stages=tuple(asked), config=job_config, place=place, arguments=tuple(own)))
+        own = [*arguments, *overrides]
+        if "search" in (stages or wanted) and config.cluster.search_array is not None:
+            jobs += _search_jobs(own, list(stages or wanted))
+        else:
+            jobs.append(_job(own, stages))
     return jobs
+
+
+def _job(arguments: list[str], stages: Sequence[str]) -> Job:
+    """One job of the chain, for `stages`; all of the recipe's where there are none."""
+    own = [*arguments, *([f"only=[{','.join(stages)}]"] if stages else [])]
+    config = load_config(own)
+    context = Context(config=config)
+    asked = asked_stages(context)
+    ranks = any(STAGES[stage].ranks for stage in asked)
+    place = placement(config.cluster, context.layout.world_size) if ranks else Placement(nodes=1, per_node=1)
+    return Job(stages=tuple(asked), config=config, place=place, arguments=tuple(own))
+
+
+def _search_jobs(arguments: list[str], stages: list[str]) -> list[Job]:
+    """A job of `stages` with a search in parts: what comes before, an array for each rung, the ranking and the rest.
+
+    Raises:
+        ConfigError: groups side by side are asked for as well.
+        CheckpointError: the model that is pruned is not there to tell which candidates there are.
+    """
+    config, at = load_config(arguments), stages.index("search")
+    if config.parallel.search_groups > 1:
+        raise ConfigError("candidates side by side twice", expected="a job array or groups within a job", found="both",
+                          key="cluster.search_array and parallel.search_groups")
+    context = Context(config=config)
+    source = initial_arch(config.model) if "initialize" in config.stages else read_arch(context.start_path())
+    place = placement(config.cluster, context.layout.world_size)
+    arrays = [Job(stages=("search",), config=config, place=place, array=size, limit=config.cluster.search_array or 0,
+                  rung=rung, arguments=("candidate", f"rung={rung}", *arguments))
+              for rung, size in enumerate(rung_sizes(config, source), 1)]
+    before = [_job(arguments, stages[:at])] if at else []
+    return [*before, *arrays, _job(arguments, stages[at:])]
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
@@ -176,13 +213,13 @@ def _file_system(folder: Path, mounts: str) -> str:
     return kind
 
 
-def _record(config: Config, job: str, stages: tuple[str, ...]) -> None:
+def _record(config: Config, number: str, job: Job, log: str) -> None:
     """Add a job to the run's `jobs.json`, for `minitron status`."""
     path = config.run_dir / "jobs.json"
     jobs = read_json(path) if path.exists() else []
     submitted = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(path, [*jobs, {"job": job, "stages": list(stages), "submitted": submitted,
-                              "log": sbatch.log_pattern(config).replace("%j", job)}])
+    tasks = {} if job.array is None else {"tasks": job.array, "rung": job.rung}
+    write_json(path, [*jobs, {"job": number, "stages": list(job.stages), "submitted": submitted, "log": log, **tasks}])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import read_json
 from nemo_minitron.checkpoint.families import read_arch
+from nemo_minitron.config import Config
 from nemo_minitron.errors import UserError
 from nemo_minitron.search import ranking
 from nemo_minitron.search.recipe import candidates_of
@@ -74,6 +75,16 @@ def candidates_in(context: Context) -> Candidates:
     ends = ranking.rung_steps(search_steps(context.config), rungs=search.rungs, keep=search.keep)
     return Candidates(archs=archs, contexts=contexts, num_combinations=found.num_combinations, ends=ends,
                       keep=search.keep)
+
+
+def rung_sizes(config: Config, source: ArchSpec) -> list[int]:
+    """How many candidates each rung of the recipe's search trains, before anything is trained."""
+    search, count = config.search, len(candidates_of(source, config.search).candidates)
+    ends = ranking.rung_steps(search_steps(config), rungs=search.rungs, keep=search.keep)
+    sizes = [count]
+    while len(sizes) < len(ends):
+        sizes.append(ranking.num_survivors(sizes[-1], search.keep))
+    return sizes
 
 
 def has_reached(context: Context, end: int) -> bool:

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.e2e.command import run_well, start, summary
+from nemo_minitron import submit
+from tests.e2e.command import run, run_well, start, summary
 
 SEARCH = {
     "prune__target__hidden_size": None, "prune__target__ffn_hidden_size": None, "search__hidden_size": "[24,16]",
@@ -127,3 +128,34 @@ def test_candidates_side_by_side_have_the_same_losses_and_go_on_after_a_kill(inp
     manifests = [json.loads(path.read_text()) for path in search.glob("*/distill/manifest.json")]
     assert len(manifests) == 2 and all(found["world"]["world_size"] == 1 for found in manifests)
     assert "already done: score, search, prune" in run_well(arguments, tmp_path).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tasks_of_job_arrays_have_the_same_losses(inputs, one_after_another, tmp_path, monkeypatch):
+    arguments = only_search(inputs, tmp_path / "outputs", cluster__search_array=2)
+    before, *arrays, after = submit.chain(arguments)
+    assert [job.array for job in arrays] == [4, 2]
+    run_well([*before.arguments], tmp_path)
+    search = tmp_path / "outputs/tiny/round1/search"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    early = run([*arrays[1].arguments], tmp_path)
+    assert early.code == 2 and "the rung before is not finished" in early.stderr
+    for array in arrays:
+        for task in range(0, array.array, 2):  # two at the same time
+            both = []
+            for number in (task, task + 1):
+                monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+                both.append(start([*array.arguments], tmp_path))
+            for process in both:
+                said = process.communicate()
+                assert process.returncode == 0, said
+        assert len(list(search.glob("*/prune/manifest.json"))) == 4
+    again = run_well([*arrays[1].arguments], tmp_path)
+    assert "already done" in again.stdout and "== " not in again.stdout
+    beyond = run([*arrays[0].arguments, "task=4"], tmp_path)
+    assert beyond.code == 2 and "0 to 3" in beyond.stderr
+    assert not (search / "ranking.json").exists(), "the ranking is for the job that comes after"
+    ranked = run_well([*after.arguments], tmp_path)
+    assert "search/" not in ranked.stdout, "it trains nothing"
+    assert candidates(tmp_path / "outputs/tiny") == one_after_another

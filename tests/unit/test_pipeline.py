@@ -139,6 +139,36 @@ def test_who_inherits_the_lock_holds_it(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_candidates_of_an_array_share_the_run_and_keep_an_ordinary_one_out(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(
+        monotonic=lambda: clock[0], sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds)))
+    together = pipeline._lock(tmp_path, shared=True), pipeline._lock(tmp_path, shared=True)
+    with together[0], together[1], pytest.raises(UserError, match="in progress"), pipeline._lock(tmp_path):
+        pass
+    with pipeline._lock(tmp_path), pytest.raises(UserError, match="in progress"), pipeline._lock(tmp_path, shared=True):
+        pass
+
+
+SEARCH = ["prune.target.ffn_hidden_size=null", "search.ffn_hidden_size=[20,16]", "search.divisors.ffn_hidden_size=4",
+          "search.tokens=512", "search.looks=2", "optim.warmup_steps=1"]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    ([], ConfigError, "which candidate.*rung="), (["rung=1"], ConfigError, "SLURM_ARRAY_TASK_ID"),
+    (["rung=one", "task=0"], ConfigError, "rung=one"), (["rung=1", "task=-1"], ConfigError, "task=-1"),
+    (["rung=1", "task=0", "search.tokens=0"], ConfigError, "search"),
+    (["rung=1", "task=0", *SEARCH], ConfigError, "stage search lacks its input.*score"),
+])
+def test_a_task_that_has_no_candidate(arguments, error, words, teacher, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    recipe = [f"teacher.path={teacher}", f"output_dir={tmp_path}", "data.seq_length=32", "train.global_batch_size=8",
+              "train.micro_batch_size=2", "prune.target.ffn_hidden_size=20"]
+    with pytest.raises(error, match=words):
+        pipeline.candidate([*recipe, *arguments])
+    assert not list(tmp_path.glob("run/round1/search/*")), "nothing has begun"
+
+
 def test_groups_of_a_search_are_whole_replicas(recipe):
     pipeline.check_recipe(Context(config=recipe(parallel={"dp": 4, "search_groups": 2})))
     with pytest.raises(ConfigError, match=r"divisor of parallel.dp.*parallel.search_groups"):

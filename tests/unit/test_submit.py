@@ -34,6 +34,11 @@ RECIPES = {
                              f"cluster.nodes={nodes}"]
        for name, nodes in (("llama31_minitron_4b_width", 32), ("llama31_minitron_4b_depth", 32),
                            ("mistral_nemo_minitron_8b", 32), ("nemotron4_minitron", 16))},  # 128 ranks in the paper
+    "demo_search_array": ["experiment=demo_search", "cluster=small_lab", "cluster.search_array=4", "search.rungs=2",
+                          "parallel.tp=2"],
+    "demo_search_chain": ["experiment=demo_search", "cluster=small_lab", "cluster.search_array=0",
+                          "cluster.jobs=[{stages:[score]},{stages:[search],overrides:['parallel.dp=2','cluster.nodes=1']},"
+                          "{stages:[prune,distill,compare,evaluate,report]}]"],
     "demo_lab": ["experiment=demo", "cluster=small_lab", "parallel.tp=2", "parallel.dp=2", "controls=[ce]"],
 }
 
@@ -81,7 +86,7 @@ def slurm(tmp_path_factory, monkeypatch):
     return folder / "log"
 
 
-@pytest.mark.parametrize("name", ["one_job_32x8", "chain_32x8", "demo_lab"])
+@pytest.mark.parametrize("name", ["one_job_32x8", "chain_32x8", "demo_lab", "demo_search_array"])
 def test_the_printed_script_submits_the_same_as_the_launcher(name, slurm, capsys, tmp_path):
     arguments = [*RECIPES[name], f"output_dir={tmp_path}"]
     assert submit.main(["slurm", "--dry-run", *arguments]) == 0
@@ -90,8 +95,8 @@ def test_the_printed_script_submits_the_same_as_the_launcher(name, slurm, capsys
     by_launcher = slurm.read_text()
     slurm.unlink()
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert slurm.read_text() == by_launcher and by_launcher.count("---\n") == script.count("job1=") + script.count(
-        "job2=") + script.count("job3=")
+    assert slurm.read_text() == by_launcher and by_launcher.count("---\n") == sum(
+        script.count(f"job{number}=") for number in range(1, 5))
     assert done.stdout.split()[0] == "41"
     jobs = json.loads((load_config(arguments).run_dir / "jobs.json").read_text())
     assert [job["job"] for job in jobs] == done.stdout.split()
@@ -107,6 +112,55 @@ def test_the_jobs_of_a_chain_depend_on_each_other_and_never_overlap(slurm, tmp_p
     assert [line for call in calls for line in call if line.startswith("only=")] == [
         "only=[score]", "only=[prune]", "only=[distill,evaluate,report]"]
     assert "on 4 x 8 ranks" in capsys.readouterr().out
+
+
+def test_a_search_as_job_arrays_has_one_for_each_rung_and_then_the_ranking(slurm, tmp_path, capsys):
+    assert submit.main(["slurm", *RECIPES["demo_search_array"], f"output_dir={tmp_path}"]) == 0
+    calls = [part.splitlines() for part in slurm.read_text().split("---\n") if part]
+
+    def options(name):
+        return [next((line.partition("=")[2] for line in call if line.startswith(f"--{name}=")), None)
+                for call in calls]
+
+    assert options("array") == [None, "0-8%4", "0-4%4", None]
+    assert options("dependency") == ["singleton", "afterok:41", "afterok:42", "afterok:43,singleton"]
+    first, rung1, rung2, last = options("job-name")
+    assert first == last and (rung1, rung2) == (f"{first}-rung1", f"{first}-rung2")
+    assert [call[call.index(f"{ROOT}/slurm/stage.sbatch") + 1 :][:2] for call in calls[1:3]] == [
+        ["candidate", "rung=1"], ["candidate", "rung=2"]]
+    assert [line for call in calls for line in call if line.startswith("only=")] == [
+        "only=[score]", "only=[search,prune,distill,compare,evaluate,report]"]
+    assert "rung 2, 5 candidates on 1 x 2 ranks; " in capsys.readouterr().out
+    jobs = json.loads((tmp_path / "demo_search/jobs.json").read_text())
+    assert [(job["job"], job.get("tasks"), job["log"].rpartition("/")[2]) for job in jobs] == [
+        ("41", None, "41.log"), ("42", 9, "42_%a.log"), ("43", 5, "43_%a.log"), ("44", None, "44.log")]
+
+
+def test_the_number_of_tasks_at_a_time_and_the_layout_of_a_job_with_a_search():
+    score, candidates, ranking, rest = submit.chain(RECIPES["demo_search_chain"])
+    assert (score.array, candidates.array, candidates.limit, ranking.array, rest.array) == (None, 9, 0, None, None)
+    assert candidates.place == ranking.place == Placement(nodes=1, per_node=2), "the overrides of the search's job"
+    assert "parallel.dp=2" in candidates.arguments and not any("only" in part for part in candidates.arguments)
+    assert (ranking.stages, rest.stages[0]) == (("search",), "prune")
+    assert [job.array for job in submit.chain(["experiment=demo_search", "cluster.search_array=null"])] == [None]
+    assert [job.array for job in submit.chain(["experiment=demo", "cluster.search_array=3"])] == [None], "no search"
+
+
+SEARCHED = RECIPES["demo_search_array"]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([*SEARCHED, "parallel.dp=2", "parallel.search_groups=2"], "cluster.search_array and parallel.search_groups"),
+    ([*SEARCHED, "cluster.search_array=-1"], "zero or more.*cluster.search_array"),
+    ([*SEARCHED, "teacher.path=/nowhere"], "/nowhere"),
+    (["experiment=nemotron4_minitron", "cluster.search_array=2"], "no rounds.*cluster.search_array"),
+])
+def test_a_search_that_cannot_be_job_arrays_is_refused_in_one_line(arguments, words, capsys):
+    assert submit.main(["slurm", "--dry-run", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(said)
 
 
 def test_ranks_of_a_chain_s_jobs():
