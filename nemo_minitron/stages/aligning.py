@@ -123,17 +123,19 @@ def what_is_tuned_on(config: Config) -> list[dict[str, Any]]:
 
 
 def take_answers(context: Context, number: int) -> None:
-    """Write what the teacher has finished of its answers as conversations; an answer that was cut off is left out.
+    """Write what the teacher has finished of its answers as conversations.
+
+    An answer that was cut off, or says nothing, is left out.
 
     Raises:
         DataError: it has finished none.
     """
     lines = (context.stage_dir("generate") / ANSWERS).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    finished = [row for row in rows if row["finished"]]
+    finished = [row for row in rows if row["finished"] and row["messages"][-1]["content"].strip()]
     if not finished:
         raise DataError("no answer of the teacher is finished", expected="answers that end before the limit",
-                        found=f"{len(rows):,} that were cut off",
+                        found=f"{len(rows):,} that were cut off or empty",
                         key="generate.max_new_tokens, generate.stop or generate.prompts")
     path = context.stage_dir(STAGE) / align_phases(context.config)[number].name / CONVERSATIONS
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,13 +78,14 @@ def test_the_recipe_of_a_training():
     assert context.config.seed == config.seed + 1 and context.config.distill == config.distill
 
 
-def test_only_finished_answers_are_taken(tmp_path):
+def test_only_finished_answers_that_say_something_are_taken(tmp_path):
     context = Context(config=config_from_dict({"output_dir": str(tmp_path), "align": {"source": "generate"}}))
     answers = context.stage_dir("generate") / "answers.jsonl"
     answers.parent.mkdir(parents=True)
     first, second, third = conversations(3)
     rows = [{"messages": first, "finished": True, "answer": "x"}, {"messages": second, "finished": False},
-            {"messages": third, "finished": True}]
+            {"messages": third, "finished": True},
+            {"messages": [*third[:-1], {"role": "assistant", "content": " \n"}], "finished": True}]
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
     take_answers(context, 0)
     lines = (context.stage_dir("align") / "answers" / "conversations.jsonl").read_text().splitlines()
