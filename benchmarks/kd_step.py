@@ -195,9 +195,9 @@ def nemo(rank: int, folder: str, turns: int, threads: int) -> None:
     batches = batches_of(samples)
     seconds: dict[str, list[float]] = {"nemo": [], "bare": []}
     for turn in range(turns + 1):
-        module = DistillationModule(teacher=Teacher(TEACHER, paths["teacher"], layout), weights=LossWeights(),
-                                    arch=STUDENT, checkpoint=paths["student"], layout=layout, chunk_tokens=256,
-                                    bf16=False)
+        module = DistillationModule(teacher=Teacher(TEACHER, paths["teacher"], layout), teacher_arch=TEACHER,
+                                    weights=LossWeights(), arch=STUDENT, checkpoint=paths["student"], layout=layout,
+                                    chunk_tokens=256, bf16=False)
         done = fit(module, lambda _: samples, label="nemo", directory=Path(folder, f"fit{turn}"),
                    phases=plan_phases(4 * TOKENS, [], train, seq_length=SEQ_LENGTH, dp=1), layout=layout, train=train,
                    optim=OptimConfig(warmup_steps=1), seed=1, distributed_optimizer=False, measure=lambda _: {})
