@@ -170,7 +170,7 @@ def peak_here(run: Callable[..., Any], made: Tensors, chunk: int) -> int:
 
 
 def _fill_workspaces(made: Tensors) -> None:
-    """Have the BLAS library allocate what it keeps for such products: 41 MiB with MKL on an Intel CPU, on every side."""
+    """Have the BLAS library allocate what it keeps for such products: 41 MiB with MKL on Intel, on every side."""
     with torch.no_grad():
         for side in ("student", "teacher"):
             hidden, head = made[f"{side}_hidden"], made[f"{side}_head"]

@@ -239,7 +239,7 @@ def memory(which: str, folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2, help="of one process; at TP 2 each has half of them")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/kd_step.json"))
     parser.add_argument("--child", nargs=2, metavar=("WHICH", "FOLDER"), help=argparse.SUPPRESS)
