@@ -89,14 +89,15 @@ def test_what_is_written(aligned):
 
 
 def test_the_teachers_answers_are_the_conversations(aligned):
-    """All that were finished, as they stand; none that was cut off."""
+    """All that were finished and say something, as they stand; none that was cut off or is empty."""
     run_dir, _ = aligned
     answers = [json.loads(line) for line in (run_dir / "round1/generate/answers.jsonl").read_text().splitlines()]
     taken = (run_dir / "round1/align/sdg/conversations.jsonl").read_text().splitlines()
-    assert len(answers) == 24 and len(taken) > 12
+    finished = [row for row in answers if row["finished"]]
+    assert len(answers) == 24 and 4 <= len(taken) < len(finished)
     assert [json.loads(line)["messages"] for line in taken] == [
         [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
-        for row in answers if row["finished"]]
+        for row in finished if row["answer"].strip()]
 
 
 def test_a_killed_alignment_ends_with_the_same_weights(inputs, chat, aligned, undisturbed, tmp_path):
