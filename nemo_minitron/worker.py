@@ -40,7 +40,7 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     signals.listen()
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    signals.dump_on_request()
     job: dict[str, Any] | None = None
     log: RankLog | None = None
     watch: Watch | None = None

@@ -6,6 +6,7 @@ all ranks; anything else has nothing to save, and ends at once.
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 from typing import Any
 
@@ -36,6 +37,15 @@ def listen_alone() -> None:
     """Take SIGTERM back from Lightning, whose handler ends a training at a place of its own, without a resume point."""
     if _listening:
         signal.signal(signal.SIGTERM, _notice)
+
+
+def dump_on_request() -> None:
+    """Let SIGUSR2 write the stacks of all threads to stderr; again after a training, since Lightning takes it away.
+
+    Its teardown puts back the handlers that Python knows of, and that is none for this one: the signal would kill.
+    """
+    faulthandler.unregister(signal.SIGUSR2)  # else it takes itself for registered
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
 def requested() -> str | None:

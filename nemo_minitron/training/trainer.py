@@ -19,6 +19,7 @@ from nemo_minitron.artifacts import Checkpoint
 from nemo_minitron.checkpoint.save import save_checkpoint
 from nemo_minitron.config import OptimConfig, TrainConfig
 from nemo_minitron.data.batch import Samples
+from nemo_minitron.launch import signals
 from nemo_minitron.parallel import groups
 from nemo_minitron.parallel.cpu import cuda_is_available, write_checkpoints_in_process
 from nemo_minitron.parallel.layout import Layout
@@ -138,6 +139,7 @@ def fit(
     deterministic_cpu()
     groups.seed_everything(seed)
     trainer.fit(module, train_dataloaders=DataLoader(order, batch_size=None), ckpt_path=resume)
+    signals.dump_on_request()
     best = held_out.best or {}
     return Trained(tokens=int(meters.tokens), seconds=meters.seconds, steps=trainer.global_step,
                    best_step=best.get("step"), best_loss=best.get("ce"),

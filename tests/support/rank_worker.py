@@ -16,8 +16,6 @@ from typing import Any
 
 MAX_THREADS = 60
 
-faulthandler.register(signal.SIGUSR1, all_threads=True)
-
 
 def read_commands(commands: "queue.Queue[dict[str, Any]]") -> None:
     """Queue the commands; the end of stdin means that the tests are over, also if they were killed.
@@ -71,6 +69,7 @@ def collect_ended_groups() -> None:
 
 def main() -> None:
     """Connect, say so, and serve jobs for ever."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=read_commands, args=[commands], daemon=True).start()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -78,6 +77,8 @@ def main() -> None:
         replies.write(outcome(connect, rank, world_size) + "\n")
         while True:
             command = commands.get()
+            faulthandler.unregister(signal.SIGUSR1)  # a training before took it away, as Lightning does
+            faulthandler.register(signal.SIGUSR1, all_threads=True)
             replies.write(outcome(call, command["job"], rank, world_size, command["kwargs"]) + "\n")
             collect_ended_groups()
 

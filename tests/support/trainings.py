@@ -115,6 +115,13 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
     return facts
 
 
+def catches(rank, world_size, *, number):
+    """A job: whether this process has a handler for a signal (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (mask,) = [int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")]
+    return bool(mask >> (number - 1) & 1)
+
+
 def _module(kind, files, degrees, recipe, teacher, terms, alpha):
     from nemo_minitron.checkpoint.digest import read_checkpoint
     from nemo_minitron.distill.intermediate import IntermediateLosses

@@ -1,6 +1,7 @@
 """What a training does beside its steps: phases, an exact budget, recomputation, best weights, early ends, traces."""
 
 import json
+import signal
 
 import pytest
 
@@ -134,6 +135,12 @@ def test_lines_with_a_speed_say_what_the_step_cost(trained):
         assert line["tflops_per_s"] == pytest.approx(flops, rel=0.1, abs=1e-4)
         assert line["mfu"] == pytest.approx(line["tflops_per_s"] / 0.001, rel=0.1, abs=0.1)
         assert 0 < line["teacher_share"] < 1 and line["peak_memory_mib"] > 100
+
+
+def test_stacks_can_be_asked_for_after_a_training(trained, rank_pool):
+    """SIGUSR2 writes them; Lightning's teardown would leave it to kill the rank."""
+    trained("1x1")
+    assert rank_pool(1).run("tests.support.trainings:catches", number=int(signal.SIGUSR2)) == [True]
 
 
 def test_a_trace_of_chosen_steps(files, rank_pool, tmp_path):
