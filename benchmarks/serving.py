@@ -9,7 +9,8 @@ too). Teacher and student take turns; seconds are medians of `--turns`, prefill 
 is left out. llama.cpp's converter reads the exported Hugging Face directory as it is: there is no step between.
 
 JSON, for teacher and student: `tokens_per_s` at the batch, `tokens_per_s_alone` (one prompt at a time),
-`llama_cpp_tokens_per_s`; `same_text`: the share of prompts that llama.cpp continues with the very same text;
+`llama_cpp_tokens_per_s`; `same_text`: the share of prompts that llama.cpp continues with
+the same text, but for blanks at its ends;
 `speedup`: student over teacher, of each.
 """
 
@@ -128,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, path in directories.items() if arguments.client else []:
             served = llama_cpp(path, arguments, prompts, Path(folder))
-            same = [ours == theirs for ours, theirs in zip(texts[name], served["texts"], strict=True)]
+            same = [ours.strip() == theirs.strip() for ours, theirs in zip(texts[name], served["texts"], strict=True)]
             found[name] |= {"llama_cpp_tokens_per_s": round(served["rate"], 1), "same_text": sum(same) / len(same)}
     keys = [key for key in found["distilled"] if "tokens_per_s" in key]
     record = {**found, "speedup": {key: round(found["distilled"][key] / found["teacher"][key], 3) for key in keys},
