@@ -52,6 +52,7 @@ import xllamacpp
 path, prompts, new, turns = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.cpuparams.n_threads = path, 512, 1, 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(params)
 def ask(prompt):
     return server.handle_completions({"prompt": prompt, "n_predict": new, "temperature": 0.0, "cache_prompt": False})
@@ -86,7 +87,7 @@ class Ours:
         return rate, [self.stop.cut(tokens) for tokens in found]
 
 
-def llama_cpp(directory: Path, arguments: argparse.Namespace, prompts: list[str], folder: Path) -> dict[str, Any]:
+def llama_cpp(directory: Path, arguments: argparse.Namespace, prompts: list[list[int]], folder: Path) -> dict[str, Any]:
     """What llama.cpp makes of the directory: tokens a second and texts."""
     path = folder / f"{directory.parent.name}-{directory.name}.gguf"
     environment = os.environ | {"PYTHONPATH": str(arguments.client)}
@@ -128,7 +129,7 @@ def main() -> None:
         found[name] |= {key: round(statistics.median(values), 1) for key, values in of.items()}
     with tempfile.TemporaryDirectory() as folder:
         for name, path in directories.items() if arguments.client else []:
-            served = llama_cpp(path, arguments, prompts, Path(folder))
+            served = llama_cpp(path, arguments, models[name].prompts, Path(folder))
             same = [ours.strip() == theirs.strip() for ours, theirs in zip(texts[name], served["texts"], strict=True)]
             found[name] |= {"llama_cpp_tokens_per_s": round(served["rate"], 1), "same_text": sum(same) / len(same)}
     keys = [key for key in found["distilled"] if "tokens_per_s" in key]

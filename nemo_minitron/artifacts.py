@@ -54,6 +54,21 @@ def read_json(path: Path) -> Any:
         raise UserError("not valid JSON", expected=f"JSON in {path}", found=str(error)) from None
 
 
+def held_out_looks(directory: Path) -> list[tuple[int, int, float]]:
+    """(step, training tokens, held-out cross-entropy in nats/token) of a training stage's looks, by ascending step.
+
+    From its `metrics.jsonl`. The last line of a step counts; a last line that is still being written does not.
+    """
+    looks: dict[int, tuple[int, int, float]] = {}
+    for text in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
+        if not text.endswith("\n"):
+            break
+        line = json.loads(text)
+        if "heldout_ce" in line:
+            looks[line["step"]] = (line["step"], line["tokens"], line["heldout_ce"])
+    return [looks[step] for step in sorted(looks)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A Hugging Face directory: its architecture and what identifies its weights and tokenizer.

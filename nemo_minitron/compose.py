@@ -197,9 +197,15 @@ def _check(config: Config) -> None:
         raise ConfigError("groups of a search are whole replicas", expected=f"a divisor of parallel.dp, "
                           f"{config.parallel.dp}", found=str(config.parallel.search_groups),
                           key="parallel.search_groups")
-    if config.train.keep_best and not config.train.eval_every_steps:
-        raise ConfigError("no looks at held-out data to find the best", expected="train.eval_every_steps of 1 or more",
-                          found="0", key="train.keep_best")
+    for asks, key in ((config.train.keep_best, "train.keep_best"),
+                      (config.train.stop.heldout_ce is not None, "train.stop.heldout_ce"),
+                      ("scratch_until" in config.controls, "controls")):
+        if asks and not config.train.eval_every_steps:
+            raise ConfigError("no looks at held-out data to decide by", expected="train.eval_every_steps of 1 or more",
+                              found="0", key=key)
+    if config.scratch_until.max_ratio <= 0:
+        raise ConfigError("bad value", expected="a positive number", found=str(config.scratch_until.max_ratio),
+                          key="scratch_until.max_ratio")
     _check_cluster(config.cluster)
     _check_tasks(config.evaluate)
     _check_generate(config.generate)

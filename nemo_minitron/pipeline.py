@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from nemo_minitron.data.blend import check_blend
 from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.evaluate.tasks import check_tasks
 from nemo_minitron.generate.prompts import read_prompts
+from nemo_minitron.launch import locks
 from nemo_minitron.launch.processes import is_srun, placement
 from nemo_minitron.launch.requeue import requeue
 from nemo_minitron.launch.side_by_side import check_groups
@@ -259,16 +259,9 @@ def _lock(run_dir: Path, *, shared: bool = False) -> Iterator[int]:
         raise ConfigError("results cannot be written", expected="a folder that can be written to",
                           found=f"{run_dir}: {error.strerror}", key="output_dir") from None
     try:
-        deadline = time.monotonic() + 60.0  # workers of a killed run need some seconds to end
-        while True:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError("another run of this name is in progress", expected=f"nobody else in {run_dir}",
-                                    found="a held lock", key="name") from None
-                time.sleep(0.5)
+        refusal = UserError("another run of this name is in progress", expected=f"nobody else in {run_dir}",
+                            found="a held lock", key="name")
+        locks.take(descriptor, refusal, shared=shared)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from typing import Any
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.config import Config
 from nemo_minitron.errors import ConfigError, UserError
+from nemo_minitron.launch import locks
 from nemo_minitron.launch.processes import Placement, is_srun, local_command, placement, srun_command
 
 RECORD = "minitron-error: "
@@ -92,16 +91,8 @@ def wait_for_earlier_ranks(job_dir: Path) -> None:
     """Ranks hold a shared lock as long as they live: those of a run whose launcher was killed may need a while."""
     job_dir.mkdir(parents=True, exist_ok=True)
     with open(job_dir / ".ranks", "w") as file:
-        deadline = time.monotonic() + 60.0
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError("ranks of an earlier run of this name are still there", key="name",
-                                    expected="them to end", found=f"a held lock in {job_dir}") from None
-                time.sleep(0.5)
+        locks.take(file, UserError("ranks of an earlier run of this name are still there", key="name",
+                                   expected="them to end", found=f"a held lock in {job_dir}"))
 
 
 def worker_environment(config: Config, processes: int) -> dict[str, str]:

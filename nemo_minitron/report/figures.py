@@ -14,7 +14,7 @@ from nemo_minitron.report.tables import MODEL_NAMES
 RUNS = (("distill", "distilled", "circle"), ("ce", "ce", "square"), ("scratch", "scratch", "diamond"))
 """(stage, model, marker) of the runs that share one chart."""
 
-SHORT_NAMES = MODEL_NAMES | {"ce": "CE only", "scratch": "scratch", "scratch_until": "scratch, on"}
+SHORT_NAMES = MODEL_NAMES | {"ce": "CE only", "scratch": "scratch", "scratch_until": "scratch, longer"}
 """What fits at the end of a curve and beside a row."""
 
 MAX_POINTS = 120

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 from nemo_minitron.arch import ArchSpec
-from nemo_minitron.artifacts import read_json
+from nemo_minitron.artifacts import held_out_looks, read_json
 from nemo_minitron.checkpoint.families import read_arch
 from nemo_minitron.config import Config
 from nemo_minitron.errors import UserError
@@ -94,13 +92,5 @@ def has_reached(context: Context, end: int) -> bool:
 
 
 def curve(context: Context, end: int) -> tuple[tuple[int, int, float], ...]:
-    """(step, tokens, held-out loss) of a candidate's looks up to step `end`; the last line of a step counts."""
-    path: Path = context.stage_dir("distill") / "metrics.jsonl"
-    looks: dict[int, tuple[int, int, float]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not text.endswith("\n"):  # another job is writing it, further on
-            break
-        line = json.loads(text)
-        if "heldout_ce" in line and line["step"] <= end:
-            looks[line["step"]] = (line["step"], line["tokens"], line["heldout_ce"])
-    return tuple(looks[step] for step in sorted(looks))
+    """(step, tokens, held-out loss) of a candidate's looks up to step `end`; another job may be writing further on."""
+    return tuple(look for look in held_out_looks(context.stage_dir("distill")) if look[0] <= end)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import Checkpoint
+from nemo_minitron.artifacts import Checkpoint, held_out_looks
 from nemo_minitron.checkpoint.digest import write_random
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.context import Context
@@ -40,7 +39,7 @@ def run_scratch_until(context: Context) -> dict[str, Any]:
     config, own = context.config, context.config.scratch_until
     manifest = context.manifest("distill")
     assert manifest is not None, "an input of this stage"
-    target = context.share(held_out_look(context.stage_dir("distill"), best=config.train.keep_best)
+    target = context.share(_decisive_look(context.stage_dir("distill"), best=config.train.keep_best)
                            if context.rank == 0 else None)
     context.say(f"[scratch_until] until held-out {target:.4f} nats/token, or {own.max_ratio:g} times the tokens")
     start = _random_weights(context, "scratch_until")
@@ -49,21 +48,20 @@ def run_scratch_until(context: Context) -> dict[str, Any]:
     facts = train_stage(
         context, "scratch_until", module, start=start, tokens=round(own.max_ratio * manifest.result["tokens"]),
         optim=own.optim(config.optim), train=dataclasses.replace(config.train, stop=stop, keep_best=False))
-    found = context.share(held_out_look(context.stage_dir("scratch_until"), best=False) if context.rank == 0 else None)
+    found = context.share(_decisive_look(context.stage_dir("scratch_until"), best=False) if context.rank == 0 else None)
     ratio = facts["tokens"] / manifest.result["tokens"]
     context.say(f"[scratch_until] {'reached' if found <= target else 'not reached'} after {ratio:.2f} times the tokens "
                 f"(held-out {found:.4f})")
     return facts | {"target": target, "heldout_ce": found, "reached": found <= target, "token_ratio": ratio}
 
 
-def held_out_look(directory: Path, *, best: bool) -> float:
+def _decisive_look(directory: Path, *, best: bool) -> float:
     """Held-out loss of a training stage's last look, or its best, nats/token on `train.eval_samples` samples.
 
     Raises:
         ConfigError: it has none.
     """
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    looks = [float(line["heldout_ce"]) for line in lines if "heldout_ce" in line]
+    looks = [loss for _, _, loss in held_out_looks(directory)]
     if not looks:
         raise ConfigError("nothing to reach", expected="held-out looks of the distillation (1 or more)",
                           found="0: none", key="train.eval_every_steps")

@@ -9,8 +9,6 @@ their own (`side_by_side`, or tasks of a Slurm job array) may have trained them 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 from nemo_minitron.artifacts import Candidate, read_json, write_json
 from nemo_minitron.errors import UserError
 from nemo_minitron.evaluate.loss import heldout_loss
+from nemo_minitron.launch import locks
 from nemo_minitron.model.build import load_model, transformer_config
 from nemo_minitron.search import ranking
 from nemo_minitron.stages.candidates import Candidates, candidates_in, curve, has_reached
@@ -108,16 +107,8 @@ def _alone(context: Context) -> Iterator[None]:
         return
     context.round_dir.mkdir(parents=True, exist_ok=True)
     with open(context.round_dir / ".lock", "w") as file:
-        deadline = time.monotonic() + 60.0
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError("another job works on this candidate", expected=f"nobody else in "
-                                    f"{context.round_dir}", found="a held lock", key="name") from None
-                time.sleep(0.5)
+        locks.take(file, UserError("another job works on this candidate", found="a held lock", key="name",
+                                   expected=f"nobody else in {context.round_dir}"))
         context.barrier()
         yield
 

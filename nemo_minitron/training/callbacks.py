@@ -188,8 +188,10 @@ class HeldOut(pl.Callback):
             print(f"[{self.meters.label}] step {step}  held-out {means['ce']:.4f} nats/token", flush=True)
         if self.keep_best is not None and (self.best is None or means["ce"] < self.best["ce"]):
             self._keep(pl_module, step, means["ce"])
-        if self.stop_at is not None and means["ce"] <= self.stop_at:  # the same mean on every rank
-            trainer.should_stop = True
+        if self.stop_at is not None and means["ce"] <= self.stop_at and not is_last_step(trainer):
+            if trainer.is_global_zero:
+                print(f"[{self.meters.label}] stopping at step {step}", flush=True)
+            trainer.should_stop = True  # on every rank: the mean is the same everywhere
         self.meters.leave_out(time.monotonic() - started)
 
     def _keep(self, module: TrainingModule, step: int, loss: float) -> None:

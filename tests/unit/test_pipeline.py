@@ -9,6 +9,7 @@ import yaml
 from nemo_minitron import pipeline
 from nemo_minitron.compose import config_from_dict
 from nemo_minitron.errors import ArchError, CheckpointError, ConfigError, LayoutError, UserError
+from nemo_minitron.launch import locks
 from nemo_minitron.stages.context import Context
 from tests.support.checkpoints import UNTIED, write_llama
 
@@ -82,6 +83,9 @@ def test_an_fp8_teacher_needs_transformer_engine(recipe, monkeypatch):
     ({"distill": {"phases": [{"tokens": 0}]}}, ConfigError, "distill.phases"),
     ({"distill": {"phases": [{"tokens": 9999}], "cached": True, "loss": "top_k_kl"}}, ConfigError, "distill.cached"),
     ({"train": {"keep_best": True, "eval_every_steps": 0}}, ConfigError, "train.keep_best"),
+    ({"train": {"stop": {"heldout_ce": 2.0}, "eval_every_steps": 0}}, ConfigError, "train.stop.heldout_ce"),
+    ({"train": {"eval_every_steps": 0}, "controls": ["scratch_until"]}, ConfigError, "controls"),
+    ({"scratch_until": {"max_ratio": 0.0}}, ConfigError, "scratch_until.max_ratio"),
     ({"train": {"stop": {"steps": 0}}}, ConfigError, "train.stop.steps"),
     ({"train": {"recompute": "some"}}, ConfigError, "train.recompute"),
     ({"prune": {"student": "nowhere"}}, CheckpointError, "nowhere"),
@@ -121,7 +125,7 @@ def test_a_second_run_of_the_name_is_kept_out(tmp_path, monkeypatch):
     clock = [0.0]
     fake = types.SimpleNamespace(monotonic=lambda: clock[0],
                                  sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    monkeypatch.setattr(pipeline, "time", fake)
+    monkeypatch.setattr(locks, "time", fake)
     with pipeline._lock(tmp_path), pytest.raises(UserError, match=r"in progress.*name"), pipeline._lock(tmp_path):
         pass
     assert 55 < clock[0] < 65, "it waits for the workers of a killed run"
@@ -141,7 +145,7 @@ def test_who_inherits_the_lock_holds_it(tmp_path):
 
 def test_candidates_of_an_array_share_the_run_and_keep_an_ordinary_one_out(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(
+    monkeypatch.setattr(locks, "time", types.SimpleNamespace(
         monotonic=lambda: clock[0], sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds)))
     together = pipeline._lock(tmp_path, shared=True), pipeline._lock(tmp_path, shared=True)
     with together[0], together[1], pytest.raises(UserError, match="in progress"), pipeline._lock(tmp_path):
