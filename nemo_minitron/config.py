@@ -261,6 +261,14 @@ class TaskConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What the page shows besides the run's own results."""
+
+    beside: list[str] = field(default_factory=list)
+    """Folders of finished runs of the same recipe, whose losses are shown beside this one's."""
+
+
+@dataclass
 class EvaluateConfig:
     """Loss on the held-out split, token-weighted and exact, and the tasks of lm-evaluation-harness."""
 
@@ -374,6 +382,7 @@ class Config:
     scratch_until: ScratchUntilConfig = field(default_factory=ScratchUntilConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

@@ -84,6 +84,8 @@ class TrainConfig:
     """Held-out samples of each such look."""
     checkpoint_every_steps: int = 50
     """Steps between two resume checkpoints."""
+    checkpoint_async: bool = True
+    """Write them beside the steps that follow, from a copy in host memory of each rank's share; false: in between."""
     not_finite: str = "stop"
     """When a loss or gradient is NaN or infinite: stop, or skip (leave the step out)."""
     chunk_tokens: int = 256

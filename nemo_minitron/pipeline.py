@@ -25,6 +25,7 @@ from nemo_minitron.launch.requeue import requeue
 from nemo_minitron.launch.side_by_side import check_groups
 from nemo_minitron.launch.workers import Stopped, run_workers
 from nemo_minitron.parallel.layout import Layout
+from nemo_minitron.report.beside import check_beside
 from nemo_minitron.report.published import check_published
 from nemo_minitron.search.recipe import candidates_of, expected_candidate
 from nemo_minitron.stages.aligning import check_align
@@ -130,6 +131,7 @@ def check_recipe(context: Context) -> None:
     """
     config, layout = context.config, context.layout
     check_loggers(config.train.loggers)
+    check_beside(config.report.beside)
     if is_srun(config.cluster):
         placement(config.cluster, layout.world_size)
     if config.rounds and config.cluster.jobs:

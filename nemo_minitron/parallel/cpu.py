@@ -4,7 +4,8 @@ This is the only module that patches upstream code. `open_cpu_door` does nothing
 Elsewhere it answers, with CPU tensors, the calls that megatron-core 0.15.3 and nemo_toolkit 2.7.3 make
 without asking which device there is: factories with `device="cuda"`, `.to("cuda")`, `.cuda()`, pinned
 memory, tensor type names, random number state, streams and events. The patches are on those named
-functions alone, so an ordinary operation on tensors costs nothing extra.
+functions alone, so an ordinary operation on tensors costs nothing extra. `write_checkpoints_in_process` is
+the one patch for every device.
 
 Call it before `megatron` is imported: some of its modules bind `torch.cuda` functions when they load.
 """
@@ -47,13 +48,11 @@ def open_cpu_door() -> None:
 
 
 def write_checkpoints_in_process() -> None:
-    """On CPU, let Megatron's synchronous checkpoint writer write in this process, one file after another.
+    """Let Megatron's checkpoint writer write in the thread that calls it, one file after another, on every device.
 
-    Its own way forks a process a file, out of a process that has gloo's and OpenMP's threads and may hang
+    Its own way forks a process a file, out of a process that has threads of gloo, NCCL, CUDA and OpenMP and may hang
     for it, and starts a `multiprocessing.Manager`, which costs 5 to 8 s because it imports the main module again.
     """
-    if cuda_is_available():
-        return
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     writer = filesystem_async.FileSystemWriterAsync

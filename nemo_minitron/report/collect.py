@@ -106,6 +106,8 @@ class Experiment:
     commands: list[tuple[list[str], str]]
     problems: list[str]
     published: list[str] = dataclasses.field(default_factory=list)
+    beside: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Of each run that is shown beside this one, what `report.beside.compared` found."""
 
 
 def collect(output_dir: Path) -> Experiment:
@@ -128,6 +130,7 @@ def collect(output_dir: Path) -> Experiment:
         rounds=rounds, config=_text(output_dir / "config.yaml", output_dir, problems),
         commands=_commands(output_dir, problems), problems=problems,
         published=[str(name) for name in _as_list(summary.get("published"))],
+        beside=[found for found in _as_list(summary.get("beside")) if isinstance(found, dict)],
     )
 
 

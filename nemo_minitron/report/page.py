@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 from nemo_minitron.report import figures, formats, tables
+from nemo_minitron.report.beside import beside_section
 from nemo_minitron.report.collect import Experiment, ModelFigures, Round, collect
 from nemo_minitron.report.markup import Html, join, tag
 from nemo_minitron.report.search import family_table, search_section
@@ -67,7 +68,7 @@ def render(experiment: Experiment) -> Html:
     )
     body = tag("body", _header(experiment), tag("main", _family(experiment), *[_round(experiment, index) for index in
                                                                                range(len(experiment.rounds))],
-                                               _appendix(experiment)))
+                                               *beside_section(experiment.beside), _appendix(experiment)))
     return Html("<!doctype html>\n" + tag("html", head, body, lang="en") + "\n")
 
 

@@ -39,21 +39,30 @@ def family_table(experiment: Experiment) -> Html:
                          "the round's own distillation; rounds it starts from come on top.")
 
 
+_AXES = {"num_layers": "layers", "hidden_size": "hidden", "ffn_hidden_size": "FFN", "num_attention_heads": "heads",
+         "num_query_groups": "groups"}
+
+
 def _candidates(ranking: dict[str, Any], chosen: str) -> Html:
-    rows = []
-    for place, one in enumerate(ranking["candidates"], start=1):
-        arch = one["arch"]
-        rows.append(Row(f"{place}. {one['name']}", [
-            *[formats.integer(arch[key]) for key in ("num_layers", "hidden_size", "ffn_hidden_size",
-                                                     "num_attention_heads", "num_query_groups")],
-            formats.count(one["num_parameters"]), formats.count(one["num_non_embedding_parameters"]),
-            formats.loss(one["pruned_loss"]), formats.loss(one["loss"]), formats.integer(one["step"])],
-            class_="strong" if one["name"] == chosen else None))
-    return table([("candidate", ""), ("layers", ""), ("hidden", ""), ("FFN", ""), ("heads", ""), ("groups", ""),
-                  ("parameters", "all"), ("parameters", "non-embedding"), ("loss", "after pruning"),
-                  ("loss", "after tuning"), ("steps", "")], rows,
+    """One row per candidate; sizes and steps that are the same for all are in the caption."""
+    found = ranking["candidates"]
+    varied = [key for key in _AXES if len({one["arch"][key] for one in found}) > 1]
+    halved = len({one["step"] for one in found}) > 1
+    rows = [Row(f"{place}. {one['name']}", [
+        *[formats.integer(one["arch"][key]) for key in varied],
+        formats.count(one["num_parameters"]), formats.count(one["num_non_embedding_parameters"]),
+        formats.loss(one["pruned_loss"]), formats.loss(one["loss"]),
+        *([formats.integer(one["step"])] if halved else [])], class_="strong" if one["name"] == chosen else None)
+        for place, one in enumerate(found, start=1)]
+    shared = [f"{formats.integer(found[0]['arch'][key])} {name}" for key, name in _AXES.items() if key not in varied]
+    if not halved:
+        shared.append(f"{formats.integer(found[0]['step'])} steps")
+    return table([("candidate", ""), *[(_AXES[key], "") for key in varied], ("parameters", "all"),
+                  ("parameters", "non-embedding"), ("loss", "after pruning"), ("loss", "after tuning"),
+                  *([("steps", "")] if halved else [])], rows,
                  caption=f"Best first; the chosen one is bold. Losses are nats/token on "
-                         f"{formats.integer(ranking['heldout_samples'])} held-out samples, the same for all.")
+                         f"{formats.integer(ranking['heldout_samples'])} held-out samples, the same for all."
+                         + (f" All have {', '.join(shared)}." if shared else ""))
 
 
 def _curves(ranking: dict[str, Any], chosen: str) -> Html:

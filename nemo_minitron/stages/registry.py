@@ -79,15 +79,15 @@ STAGES: dict[str, Stage] = {
                      config=(*_TRAINING, "distill", "prune", "importance")),
     "evaluate": Stage(function="evaluate:run", inputs=(TEACHER,), config=("data", "evaluate"), keeps_files=True,
                       optional_inputs=("prune", "distill", "ce", "scratch", "scratch_until", "align")),
-    "report": Stage(function="report:run", inputs=("evaluate",), config=("evaluate",), ranks=False, keeps_files=True,
-                    products=("summary.json", "report.html"),
+    "report": Stage(function="report:run", inputs=("evaluate",), config=("evaluate", "report"), ranks=False,
+                    keeps_files=True, products=("summary.json", "report.html"),
                     optional_inputs=("score", "search", "prune", "distill", "ce", "scratch", "scratch_until", "align",
                                      "compare", "correct")),
 }
 """In the order in which they run."""
 
-_WITHOUT_EFFECT = ("log_every_steps", "loggers", "checkpoint_every_steps", "not_finite", "profile", "peak_tflops",
-                   "recompute")
+_WITHOUT_EFFECT = ("log_every_steps", "loggers", "checkpoint_every_steps", "checkpoint_async", "not_finite", "profile",
+                   "peak_tflops", "recompute")
 """Keys of `train` that change what is printed and saved on the way, or how it is computed, not the result."""
 
 _LOOKS = ("eval_every_steps", "eval_samples")
@@ -131,6 +131,8 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
         part["evaluate"] = [[task_key(task, evaluate, context.config.seed), task.metric] for task in evaluate.tasks]
     if stage == "report":
         part["evaluate"] = {"published": part["evaluate"]["published"]}
+        others = [[run, digest_files([Path(run) / "summary.json"])] for run in part["report"]["beside"]]
+        part["report"] = {"beside": others}
     if stage == "generate":
         prompts = Path(part["generate"]["prompts"] or "")
         part["generate"]["prompts"] = digest_files([prompts]) if prompts.is_file() else str(prompts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest, read_json, write_json
+from nemo_minitron.report.beside import compared
 from nemo_minitron.report.card import write_card
 from nemo_minitron.report.page import write_report
 from nemo_minitron.report.summary import searched, summarize
@@ -28,12 +30,13 @@ def run(context: Context) -> dict[str, Any]:
                                    _compared(context))
     write_json(context.stage_dir("report") / "round.json", entry)
     paths = [run_dir / name / "report" / "round.json" for name in context.round_names]
+    rounds = [read_json(path) for path in paths if path.exists()]
     teacher = evaluated["teacher"]
     published = list(context.config.evaluate.published)
+    beside = [compared(run_dir, rounds, Path(other)) for other in context.config.report.beside]
     write_json(run_dir / "summary.json", {
         "name": context.config.name, "heldout_tokens": teacher["num_tokens"], "heldout_bytes": teacher["num_bytes"],
-        "rounds": [read_json(path) for path in paths if path.exists()],
-        **({"published": published} if published else {})})
+        "rounds": rounds, **({"published": published} if published else {}), **({"beside": beside} if beside else {})})
     for name in evaluated:
         stage = MODELS.get(name, "correct" if "correct" in context.config.stages else None)
         if stage is not None and stage not in context.elsewhere and not (name == "teacher" and context.own_teacher):

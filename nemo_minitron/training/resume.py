@@ -1,8 +1,8 @@
 """Resume points on disk: which are complete and undamaged, and which may go. Pure: files only.
 
-A point is a folder `step_N`. Each rank hashes the files it wrote (`write_digests`); when all are done, rank 0 writes
-`complete.json` (`seal`), which makes the folder count. A point is used only when every file has the size and, where
-asked for, the SHA-256 that `complete.json` tells.
+A point is a folder `step_N`. Each rank hashes the files it wrote (`digests`, `write_digests`); when all are done, rank
+0 writes `complete.json` (`seal`), which makes the folder count. A point is used only when every file has the size and,
+where asked for, the SHA-256 that `complete.json` tells.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,25 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_digests(point: Path, rank: int) -> None:
-    """Hash what `rank` wrote, while it is still in memory: files named `__RANK_*`, and on rank 0 all others."""
-    mine = [path for path in point.iterdir() if "digests_" not in path.name and path.is_file()
-            and (path.name.startswith(f"__{rank}_") or (rank == 0 and not re.match(r"__\d+_", path.name)))]
-    write_json(point / f"digests_{rank}.json", {path.name: [path.stat().st_size, file_digest(path)] for path in mine})
+def shards(point: Path, rank: int) -> list[Path]:
+    """The files of tensors that `rank` wrote: `__RANK_*`."""
+    return sorted(point.glob(f"__{rank}_*"))
+
+
+def others(point: Path) -> list[Path]:
+    """What is no rank's share: written, and so hashed, by rank 0."""
+    return sorted(path for path in point.iterdir() if path.is_file() and "digests_" not in path.name
+                  and not re.match(r"__\d+_", path.name))
+
+
+def digests(paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
+    """Name -> (bytes, SHA-256); best asked for while the files are still in the page cache."""
+    return {path.name: (path.stat().st_size, file_digest(path)) for path in paths}
+
+
+def write_digests(point: Path, rank: int, found: dict[str, tuple[int, str]]) -> None:
+    """Leave what `rank` hashed where `seal` looks for it."""
+    write_json(point / f"digests_{rank}.json", {name: list(entry) for name, entry in found.items()})
 
 
 def seal(point: Path, step: int, world_size: int) -> None:

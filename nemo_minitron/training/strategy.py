@@ -125,12 +125,16 @@ class Strategy(nl.MegatronStrategy):
         )
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write model, optimizer and loop states to the folder `filepath`; every rank must call this."""
+        """Begin a checkpoint of model, optimizer and loop states in the folder `filepath`; every rank must call this.
+
+        The tensors are yet to be written: `request` is what a `Writing` takes.
+        """
         checkpoint["state_dict"] = OrderedDict()
         checkpoint["optimizer_states"] = {}
         checkpoint["sharded_state_dict"] = self.megatron_parallel.sharded_state_dict()
         checkpoint["optimizer"] = [self.optimizer_sharded_state_dict()]
-        dist_checkpointing.save(checkpoint, str(filepath), content_metadata=self.sharded_state_dict_metadata)
+        self.request = dist_checkpointing.save(checkpoint, str(filepath), async_sharded_save=True,
+                                               content_metadata=self.sharded_state_dict_metadata)
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
         """Read what `save_checkpoint` wrote, under this or another layout."""

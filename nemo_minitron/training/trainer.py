@@ -109,7 +109,7 @@ def fit(
     held_out = HeldOut(meters, every_steps=train.eval_every_steps, measure=measure, directory=directory,
                        keep_best=keep if train.keep_best else None, stop_at=train.stop.heldout_ce)
     points = ResumePoints(directory / "resume", every_steps=train.checkpoint_every_steps, label=label,
-                          pause_step=pause_step)
+                          beside=train.checkpoint_async, pause_step=pause_step)
     stop = train.stop if pause_step is None else dataclasses.replace(train.stop, steps=pause_step)
     finite = FiniteGradients(directory, action=train.not_finite, label=label)
     trainer = nl.Trainer(

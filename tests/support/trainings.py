@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -52,23 +53,30 @@ def remembered(files, rank_pool, **defaults):
 
 
 def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False, teacher=None, terms=(), train=None,
-          phases=(), alpha=None, arriving=(), packed=False):
+          phases=(), alpha=None, arriving=(), packed=False, slow_writing=0.0):
     """A job: train `files["student"]` once for each of `kinds`, in turn; the results go to `files["out"]`/kind.
 
     With `save`, there is a resume point after step 3; with `interrupt`, the run ends in an exception after step 4.
     `teacher` places it, `terms` are of the intermediate losses, `train` and `phases` change the recipe. `arriving` are
     snapshots of the teacher: the n-th comes to `out`/snapshots when the held-out loss is measured for the n-th time.
-    With `packed`, samples are of whole documents.
+    With `packed`, samples are of whole documents. Each rank waits `slow_writing` seconds before it writes its share of
+    a resume point.
     """
     from nemo_minitron.config import OptimConfig, PhaseConfig, ProfileConfig, StopConfig, TrainConfig
+    from nemo_minitron.training import writing
     from nemo_minitron.training.budget import plan_phases
     from nemo_minitron.training.snapshots import ExchangeTeacher
     from nemo_minitron.training.trainer import export, fit
 
+    write = writing.Writing._write
+    if slow_writing:
+        writing.Writing._write = lambda self, arguments: (time.sleep(slow_writing), write(self, arguments))
+
     changed = dict(train or {})
     recipe = TrainConfig(**{"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 4, "log_every_steps": 100,
                             "eval_every_steps": 2, "checkpoint_every_steps": RESUME_AT if save else 100,
-                            "chunk_tokens": 24, **{key: value for key, value in changed.items() if key != "tokens"},
+                            "checkpoint_async": not interrupt, "chunk_tokens": 24,
+                            **{key: value for key, value in changed.items() if key != "tokens"},
                             "stop": StopConfig(**changed.get("stop", {})),
                             "profile": ProfileConfig(**changed.get("profile", {}))})
     # A small eps would let Adam turn rounding errors of tiny gradients into steps of full size.
@@ -107,6 +115,7 @@ def train(rank, world_size, *, files, layout, kinds, save=False, interrupt=False
             except Interrupted:
                 continue
             finally:
+                writing.Writing._write = write
                 if kind == "kd":
                     module.teacher.close()
             keep(module, out / kind / "checkpoint")

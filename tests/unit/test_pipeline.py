@@ -88,6 +88,7 @@ def test_an_fp8_teacher_needs_transformer_engine(recipe, monkeypatch):
     ({"scratch_until": {"max_ratio": 0.0}}, ConfigError, "scratch_until.max_ratio"),
     ({"train": {"stop": {"steps": 0}}}, ConfigError, "train.stop.steps"),
     ({"train": {"recompute": "some"}}, ConfigError, "train.recompute"),
+    ({"report": {"beside": ["nowhere"]}}, ConfigError, "finished run.*nowhere.*report.beside"),
     ({"prune": {"student": "nowhere"}}, CheckpointError, "nowhere"),
     ({"teacher": {"path": None}}, ConfigError, "teacher.path"),
     ({"teacher": {"path": "nowhere"}}, CheckpointError, "nowhere"),

@@ -17,8 +17,8 @@ WITH_CONTROLS = ["score", "prune", "distill", "ce", "scratch", "evaluate", "repo
 
 WITHOUT_EFFECT = {
     "importance.micro_batch_size": 2, "train.log_every_steps": 3, "train.eval_every_steps": 0, "train.eval_samples": 3,
-    "train.checkpoint_every_steps": 7, "parallel.tp": 2, "parallel.num_threads": 3, "evaluate.micro_batch_size": 1,
-    "correct.tokens": 5, "teacher.licence": "other", "model.num_layers": 2,
+    "train.checkpoint_every_steps": 7, "train.checkpoint_async": False, "parallel.tp": 2, "parallel.num_threads": 3,
+    "evaluate.micro_batch_size": 1, "correct.tokens": 5, "teacher.licence": "other", "model.num_layers": 2,
 }
 
 
