@@ -47,14 +47,18 @@ def locally(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def run(**changes: object) -> Path:
         if repr(changes) not in known:
             folder = tmp_path_factory.mktemp("locally")
-            done = subprocess.run([ROOT / "launchers/local", *inputs.arguments(folder / "outputs", **changes)],
-                                  cwd=folder, env=environment(), capture_output=True, text=True, timeout=600,
-                                  check=False)
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            launch_locally(inputs.arguments(folder / "outputs", **changes), folder)
             known[repr(changes)] = folder / "outputs" / "tiny"
         return known[repr(changes)]
 
     return run
+
+
+def launch_locally(arguments: list[str], folder: Path) -> None:
+    """`launchers/local` with these arguments, in `folder`, to its end."""
+    done = subprocess.run([ROOT / "launchers/local", *arguments], cwd=folder, env=environment(), capture_output=True,
+                          text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def environment() -> dict[str, str]:
@@ -63,11 +67,11 @@ def environment() -> dict[str, str]:
 
 
 class Submitted:
-    """A recipe that `launchers/slurm` was given in `folder`."""
+    """A recipe that `launchers/slurm` was given in `folder`; its results are in `folder`/outputs/`name`."""
 
-    def __init__(self, lab: Lab, inputs: Inputs, folder: Path, **changes: object) -> None:  # noqa: F811
-        self.lab, self.folder, self.run_dir = lab, folder, folder / "outputs" / "tiny"
-        self.arguments = inputs.arguments(folder / "outputs", **changes)
+    def __init__(self, lab: Lab, folder: Path, name: str, arguments: list[str]) -> None:
+        self.lab, self.folder, self.run_dir = lab, folder, folder / "outputs" / name
+        self.arguments = arguments
         self.jobs: list[str] = []
 
     def submit(self) -> list[str]:
@@ -98,8 +102,9 @@ class Submitted:
 
     def log(self, job: str | None = None) -> str:
         """What a job printed."""
-        paths = [self.run_dir / "slurm" / f"{number}.log" for number in ([job] if job else self.jobs)]
-        return "".join(path.read_text() for path in paths if path.exists())
+        numbers = [job] if job else self.jobs
+        paths = [path for number in numbers for path in sorted((self.run_dir / "slurm").glob(f"{number}*.log"))]
+        return "".join(path.read_text() for path in paths)
 
     def step(self) -> int:
         """The last step of `distill` that is written down."""
@@ -109,12 +114,12 @@ class Submitted:
 
 
 @pytest.fixture
-def recipe(lab: Lab, inputs: Inputs, tmp_path: Path) -> Iterator[Callable[..., Submitted]]:  # noqa: F811
-    """`recipe(key__part=value)`: the tiny recipe, to be submitted."""
+def submitted(lab: Lab, tmp_path: Path) -> Iterator[Callable[[str, list[str]], Submitted]]:
+    """`submitted(name, arguments)`: the recipe of that name, to be submitted; its jobs end with the test."""
     submitted: list[Submitted] = []
 
-    def make(**changes: object) -> Submitted:
-        submitted.append(Submitted(lab, inputs, tmp_path, **changes))
+    def make(name: str, arguments: list[str]) -> Submitted:
+        submitted.append(Submitted(lab, tmp_path, name, arguments))
         return submitted[-1]
 
     yield make
@@ -123,6 +128,13 @@ def recipe(lab: Lab, inputs: Inputs, tmp_path: Path) -> Iterator[Callable[..., S
     for run in submitted:
         for job in run.jobs:
             run.wait_ended(60, job)
+
+
+@pytest.fixture
+def recipe(submitted: Callable[[str, list[str]], Submitted], inputs: Inputs,  # noqa: F811
+           tmp_path: Path) -> Callable[..., Submitted]:
+    """`recipe(key__part=value)`: the tiny recipe, to be submitted."""
+    return lambda **changes: submitted("tiny", inputs.arguments(tmp_path / "outputs", **changes))
 
 
 def losses(run_dir: Path) -> list[float]:

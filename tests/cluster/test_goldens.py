@@ -31,7 +31,8 @@ def only_asking(script: str, folder: Path) -> str:
     """A printed script, with every sbatch asked whether it would be accepted instead of given the job."""
     script = script.replace("/ROOT/", f"{ROOT}/").replace("/CWD", str(folder)).replace("/PYTHON", sys.executable)
     script = re.sub(r"mkdir -p .*\n", "", script).replace("sbatch --parsable", "sbatch --test-only")
-    return re.sub(r"afterok:\$job\d+,", "", script)  # there is no job to wait for
+    script = re.sub(r'"--dependency=afterok:\$job\d+"', "", script)  # there is no job to wait for
+    return re.sub(r"afterok:\$job\d+,", "", script)
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("one_job_32x8", [32]), ("container_32x8", [32]),
@@ -41,9 +42,22 @@ def only_asking(script: str, folder: Path) -> str:
                                              ("nemotron4_minitron_16x8", [16])])
 def test_sbatch_accepts_the_golden_files(name, sizes, superpod, tmp_path):
     script = only_asking((GOLDEN / f"{name}.sh").read_text(), tmp_path)
-    said = superpod.run(["bash", "-c", script])
-    processors = [int(count) for count in re.findall(r"using (\d+) processors on nodes \S+ in partition batch", said)]
-    assert processors == [112 * nodes for nodes in sizes], said
+    assert processors(superpod.run(["bash", "-c", script])) == [112 * nodes for nodes in sizes]
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("demo_search_array", [2, 2, 2, 2]), ("demo_search_chain", [1, 2, 2, 1])])
+def test_sbatch_accepts_job_arrays(name, sizes, superpod, tmp_path):
+    """The stages before the search, an array a rung, the stages after it; nodes are shared with others."""
+    script = only_asking((GOLDEN / f"{name}.sh").read_text(), tmp_path)
+    assert "--array=0-8" in script
+    assert processors(superpod.run(["bash", "-c", script])) == sizes
+
+
+def processors(said: str) -> list[int]:
+    """Of each job that sbatch says it would start."""
+    found = [int(count) for count in re.findall(r"using (\d+) processors on nodes \S+ in partition batch", said)]
+    assert found, said
+    return found
 
 
 @pytest.mark.parametrize("change", [("--nodes=32", "--nodes=33"), ("--gpus-per-node=8", "--gpus-per-node=9"),

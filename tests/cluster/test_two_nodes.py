@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.cluster.conftest import FOUR_RANKS, check_equal, steps
+from tests.cluster.conftest import FOUR_RANKS, check_equal, launch_locally, losses, steps
 from tests.e2e.command import ROOT
 from tests.e2e.test_ranks import SLEEP
 
@@ -24,6 +24,29 @@ def test_two_nodes_of_two_ranks_equal_the_local_launcher(recipe, locally):
     assert nodes == ["n1", "n1", "n2", "n2"]
     said = logs[0].partition("\n")[2]
     assert "[distill] step 40/40" in said and said in run.log() and not any("[distill]" in log for log in logs[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_on_two_nodes_is_shown_beside_the_local_one(submitted, tmp_path):
+    """The demo's model, data, batch and learning rate, shortened: 25 steps, and fewer samples to score."""
+    demo = ["experiment=demo", "distill.tokens=102400", "importance.num_samples=64", "parallel.tp=2", "parallel.dp=2",
+            "parallel.num_threads=1", "train.eval_every_steps=0", f"output_dir={tmp_path}/outputs"]
+    launch_locally([*demo, "name=local"], tmp_path)
+    local = tmp_path / "outputs/local"
+    run = submitted("nodes", [*demo, "name=nodes", "cluster=small_lab", "cluster.nodes=2", f"report.beside=[{local}]"])
+    run.submit()
+    assert run.wait_ended(900) == "COMPLETED", run.log()
+    check_equal(run.run_dir, local)
+    assert len(losses(run.run_dir)) == 25
+    (beside,) = json.loads((run.run_dir / "summary.json").read_text())["beside"]
+    assert [model for _, model, *_ in beside["models"]] == ["teacher", "pruned", "distilled"]
+    ((_, stage, number, largest),) = beside["trainings"]
+    assert (stage, number) == ("distill", 25) and largest <= 1e-5
+    assert "Beside outputs/local" in (run.run_dir / "report.html").read_text()
+    for rank in range(4):
+        log = (run.run_dir / f"logs/distill/rank_{rank}.log").read_text()
+        assert f"on n{rank // 2 + 1}\n" in log
 
 
 @pytest.mark.slow
