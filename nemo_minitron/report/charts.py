@@ -87,18 +87,19 @@ class Strip:
 
 def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False,
                references: Sequence[Reference] = (), cut: Cut | None = None, y_max: float | None = None,
-               format_y: Callable[[float], str] = formats.loss) -> Html:
+               y_min: float | None = None, format_y: Callable[[float], str] = formats.loss) -> Html:
     """Curves over a linear x from 0, with linear or logarithmic y.
 
     Values that are not finite are left out, and with `log_y` those that are not positive. Curves are clipped above
-    `y_max`; points above it are not shown.
+    `y_max`; points above it are not shown. The axis begins at `y_min` at the latest.
     """
     kept = [dataclasses.replace(one, xs=[x for x, _ in pairs], ys=[y for _, y in pairs])
             for one in series if (pairs := _plottable(one, log_y))]
     ys = [y for one in kept for y in one.ys] + [line.y for line in references]
     if not kept:
         return tag("p", "Nothing to plot yet.", class_="missing")
-    low, high = min(ys), max(ys) if y_max is None else min(y_max, max(ys))
+    low = min(ys) if y_min is None else min(y_min, *ys)
+    high = max(ys) if y_max is None else min(y_max, max(ys))
     if log_y:
         low, high = (low / 1.15, high * 1.15) if low < high else (low / 2, high * 2)
     else:

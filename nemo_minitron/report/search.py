@@ -81,7 +81,7 @@ def _stability(ranking: dict[str, Any]) -> Html:
     chart = charts.line_chart(
         [charts.Series(xs=[row["step"] for row in rows], ys=[row["spearman"] for row in rows], tone="distilled",
                        marker="circle", tooltip="rank correlation")],
-        title="Rank correlation with the end", x_label="steps", y_label="Spearman's rank correlation")
+        title="Rank correlation with the end", x_label="steps", y_label="Spearman's rank correlation", y_min=0.0)
     safe = ranking["safe_step"]
     said = "" if safe is None else " The winner led right after pruning already." if safe == 0 else \
         f" The winner leads from step {formats.integer(safe)} on."

@@ -55,7 +55,7 @@ def test_sbatch_accepts_job_arrays(name, sizes, superpod, tmp_path):
 
 def processors(said: str) -> list[int]:
     """Of each job that sbatch says it would start."""
-    found = [int(count) for count in re.findall(r"using (\d+) processors on nodes \S+ in partition batch", said)]
+    found = [int(count) for count in re.findall(r"using (\d+) processors on nodes \S+ in partition \S+", said)]
     assert found, said
     return found
 
