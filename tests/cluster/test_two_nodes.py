@@ -31,7 +31,8 @@ def test_two_nodes_of_two_ranks_equal_the_local_launcher(recipe, locally):
 def test_the_demo_on_two_nodes_is_shown_beside_the_local_one(submitted, tmp_path):
     """The demo's model, data, batch and learning rate, shortened: 25 steps, and fewer samples to score."""
     demo = ["experiment=demo", "distill.tokens=102400", "importance.num_samples=64", "parallel.tp=2", "parallel.dp=2",
-            "parallel.num_threads=1", "train.eval_every_steps=0", f"output_dir={tmp_path}/outputs"]
+            "parallel.num_threads=1", "optim.warmup_steps=5", "train.eval_every_steps=0",
+            f"output_dir={tmp_path}/outputs"]
     launch_locally([*demo, "name=local"], tmp_path)
     local = tmp_path / "outputs/local"
     run = submitted("nodes", [*demo, "name=nodes", "cluster=small_lab", "cluster.nodes=2", f"report.beside=[{local}]"])
