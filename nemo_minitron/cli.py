@@ -16,6 +16,8 @@ usage: minitron [COMMAND] [experiment=NAME] [key=value ...]
   run                      do what is missing of the recipe (the default)
   config                   print the composed recipe and start nothing
   plan [format=json]       print what the recipe needs and costs (parameters, memory, FLOPs, GPU-hours), start nothing
+  latency output=FILE [batch_size=N] [prompt_tokens=N] [new_tokens=N] [experiment=NAME] [key=value ...]
+                           measure a search's layers on this device, for search.constraints.latency
   candidate rung=R [task=K] [experiment=NAME] [key=value ...]
                            train one candidate of a search, what a task of a Slurm job array runs
   status outputs/NAME [--json]
@@ -44,6 +46,7 @@ TOOLS = {
     ("scores", "show"): "report.scores_command:show",
     ("scores", "diff"): "report.scores_command:diff",
     ("plan",): "stages.plan:plan",
+    ("latency",): "latency_command:latency",
     ("candidate",): "pipeline:candidate",
     ("data", "prepare"): "data.command:prepare",
     ("import",): "checkpoint.command:import_command",

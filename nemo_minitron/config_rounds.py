@@ -86,6 +86,16 @@ class ServingFlopsConfig:
 
 
 @dataclass
+class LatencyConfig:
+    """Milliseconds that generating takes, as the parts of a model were measured by `minitron latency`."""
+
+    max_ms: float | None = None
+    """Up to 1: a fraction of the source's."""
+    table: str | None = None
+    """The file that `minitron latency` wrote; it says for which batch, prompts and new tokens."""
+
+
+@dataclass
 class ConstraintsConfig:
     """What every candidate must meet; null bounds allow all."""
 
@@ -94,6 +104,7 @@ class ConstraintsConfig:
     """The same without both embedding matrices."""
     memory: ServingMemoryConfig = field(default_factory=ServingMemoryConfig)
     flops_per_token: ServingFlopsConfig = field(default_factory=ServingFlopsConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a candidate must meet: windows on parameters, on the memory of serving and on FLOPs. Pure arithmetic."""
+"""What a candidate must meet: windows on parameters, memory of serving, FLOPs and latency. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from nemo_minitron.arch import ArchSpec
 from nemo_minitron.cost.flops import flops_per_token
 from nemo_minitron.cost.serving import serving_bytes
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.search.latency import LatencyTable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """`measure` of an architecture must lie in [minimum, maximum]. `name` is its key under `search.constraints`.
-
-    Another measure (a measured latency, say) is one more instance.
-    """
+    """`measure` of an architecture must lie in [minimum, maximum]. `name` is its key under `search.constraints`."""
 
     name: str
     measure: Callable[[ArchSpec], float]
     minimum: float = -math.inf
     maximum: float = math.inf
+    measured: bool = False
+    """Known only of what all others allow, and so asked last."""
 
     def allows(self, arch: ArchSpec) -> bool:
         """Whether the architecture meets it, bounds included."""
@@ -70,3 +70,9 @@ def flops_at_most(source: ArchSpec, maximum: float, *, seq_length: int) -> Const
     """Forward FLOPs of a token, in a sequence of `seq_length`, within `maximum`."""
     return window(source, "flops_per_token", lambda arch: flops_per_token(arch, seq_length=seq_length), None,
                   maximum)[0]
+
+
+def latency_at_most(source: ArchSpec, max_ms: float, table: LatencyTable) -> Constraint:
+    """Milliseconds of generating, by the measured parts of a model, within `max_ms`."""
+    found = window(source, "latency", lambda arch: 1000 * table.seconds(arch), None, max_ms)[0]
+    return dataclasses.replace(found, measured=True)

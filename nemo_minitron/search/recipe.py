@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from nemo_minitron.arch import ArchSpec
 from nemo_minitron.config_rounds import ConstraintsConfig, SearchConfig
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.search.budget import Constraint, flops_at_most, memory_at_most, window
+from nemo_minitron.search.budget import Constraint, flops_at_most, latency_at_most, memory_at_most, window
+from nemo_minitron.search.latency import LatencyTable
 from nemo_minitron.search.space import Enumeration, Space, axis_sizes, enumerate_candidates
 
 
@@ -48,6 +50,12 @@ def constraints_of(source: ArchSpec, constraints: ConstraintsConfig) -> list[Con
                                     seq_length=memory.seq_length, bytes_per_element=memory.bytes_per_element))
     if flops.max is not None:
         found.append(flops_at_most(source, flops.max, seq_length=flops.seq_length))
+    latency = constraints.latency
+    if (latency.max_ms is None) != (latency.table is None):
+        raise ConfigError("a limit and what it is measured by go together", expected="both max_ms and table, or none",
+                          found="one of them", key="search.constraints.latency")
+    if latency.max_ms is not None and latency.table is not None:
+        found.append(latency_at_most(source, latency.max_ms, LatencyTable.load(Path(latency.table))))
     return found
 
 

@@ -53,7 +53,8 @@ class Space:
 class Enumeration:
     """What came of a space: its candidates, in its order and without duplicates, and what ruled out others.
 
-    `ruled_out`: how many combinations each constraint alone rules out, by its name; they overlap.
+    `ruled_out`: how many combinations each constraint alone rules out, by its name; they overlap. One that is measured
+    is counted among those that all others allow.
     """
 
     num_combinations: int
@@ -114,7 +115,11 @@ def enumerate_candidates(source: ArchSpec, space: Space, constraints: Sequence[C
             if arch is None:
                 ruled_out[UNFIT] += 1
                 continue
-            broken = [constraint.name for constraint in constraints if not constraint.allows(arch)]
+            broken = [constraint.name for constraint in constraints
+                      if not constraint.measured and not constraint.allows(arch)]
+            if not broken:
+                broken = [constraint.name for constraint in constraints
+                          if constraint.measured and not constraint.allows(arch)]
             for name in broken:
                 ruled_out[name] += 1
             if not broken:

@@ -149,6 +149,9 @@ def stage_config(context: Context, stage: str) -> dict[str, Any]:
     if stage == "search":
         part["distill"] = {key: value for key, value in part["distill"].items() if key not in ("tokens", "phases")}
         part["search"] = {key: value for key, value in part["search"].items() if key not in ("expected", "compare")}
+        latency = part["search"]["constraints"]["latency"]
+        if latency["table"] is not None:
+            latency["table"] = digest_files([Path(latency["table"])])
     if stage == "prune":
         part["importance"] = _how_it_is_ranked(context)
         part["prune"].pop("scores")
