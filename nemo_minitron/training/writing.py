@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +24,6 @@ class Writing:
         self._after = after
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self.seconds = 0.0
-        """The writing took this long."""
 
     def start(self) -> None:
         """Copy, and begin to write."""
@@ -48,8 +45,11 @@ class Writing:
         Raises what went wrong in the thread, and `CheckpointException` where a rank could not write its tensors.
         """
         self.wait()
-        for function in self._request.finalize_fns:
-            function()
+        try:
+            for function in self._request.finalize_fns:
+                function()
+        except BaseException as error:  # CheckpointException is no Exception
+            raise error from self._error
         if self._error is not None:
             raise self._error
 
@@ -73,11 +73,9 @@ class Writing:
         return arguments
 
     def _write(self, arguments: list[Any]) -> None:
-        start = time.monotonic()
         try:
             if self._request.async_fn is not None:
                 self._request.async_fn(*arguments, **self._request.async_fn_kwargs)
             self._after()
         except BaseException as error:
             self._error = error
-        self.seconds = time.monotonic() - start
