@@ -51,11 +51,16 @@ def wait_until(condition, seconds):
 
 
 def start_and_wait(inputs, directory, step, **changes):
-    """Start the tiny recipe and wait until `distill` has passed `step`; returns the process and its tree."""
-    process = start(inputs.arguments(directory / "outputs", **changes), directory)
+    """Start the tiny recipe and wait until `distill` has passed `step`; returns the process and its tree.
+
+    From the first step that is saved on there is also a resume point, complete, to go on from.
+    """
+    saved = step >= CHECKPOINT_EVERY
+    process, run_dir = start(inputs.arguments(directory / "outputs", **changes), directory), directory / "outputs/tiny"
     deadline = time.monotonic() + 300
     try:
-        while steps_done(directory / "outputs" / "tiny") <= step:
+        while steps_done(run_dir) <= step or (
+                saved and not list(run_dir.glob("round1/distill/resume/*/complete.json"))):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.005)
