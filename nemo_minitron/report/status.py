@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import read_json
+from nemo_minitron.config_rounds import SearchConfig
 from nemo_minitron.errors import UserError
 
 ROUND = "round1"
@@ -18,7 +19,11 @@ RATE_LINES = 50
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """One stage. `state` is done, running, stopped or waiting; seconds are of work, `eta_s` of what is left."""
+    """One stage. `state` is done, running, stopped or waiting; seconds are of work, `eta_s` of what is left.
+
+    Of a search, `step` and `steps` count candidates, those that are done and those that were begun, and `at_work` names
+    the ones that some job is at; an array's tasks are jobs of their own.
+    """
 
     name: str
     state: str
@@ -28,6 +33,7 @@ class StageStatus:
     eta_s: float | None = None
     loss: float | None = None
     resume_step: int | None = None
+    at_work: tuple[str, ...] = ()
 
 
 def status(arguments: list[str]) -> None:
@@ -56,22 +62,39 @@ def run_status(run_dir: Path, *, now: float) -> dict[str, Any]:
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     job = _job(run_dir)
     running = job is not None and _held(run_dir / ".lock")
-    wanted = [*config["stages"], *config.get("controls", [])]
-    rounds = [str(round_["name"]) for round_ in config.get("rounds") or []]
+    rounds = {str(round_["name"]): bool(round_.get("search")) for round_ in config.get("rounds") or []}
+    parts = rounds or {ROUND: _searches(config)}
     current = job.get("round", ROUND) if job is not None else ROUND
     due = [f"{current}/{name}" if rounds else name for name in (job["stages"] if job is not None else [])]
     stages = [_stage(run_dir / part / name, shown_name, running=running and shown_name in due)
-              for part in rounds or [ROUND] for name in wanted for shown_name in [f"{part}/{name}" if rounds else name]
-              if not (part in rounds[1:] and name in ("initialize", "correct"))]
+              for part, searched in parts.items() for name in _wanted(config, searched)
+              for shown_name in [f"{part}/{name}" if rounds else name]
+              if not (part in [*rounds][1:] and name in ("initialize", "correct"))]
     if running and not any(stage.state == "running" for stage in stages):  # between two stages
         stages = [dataclasses.replace(stage, state="running") if stage.name == _next(stages, due) else stage
                   for stage in stages]
     last_sign = max((path.stat().st_mtime for path in run_dir.rglob("*") if path.is_file()), default=None)
-    return {"run": str(run_dir), "state": _state(stages, running), "stages": [vars(stage) for stage in stages],
+    busy = running or any(stage.at_work for stage in stages)
+    return {"run": str(run_dir), "state": _state(stages, busy), "stages": [vars(stage) for stage in stages],
             "jobs": read_json(run_dir / "jobs.json") if (run_dir / "jobs.json").exists() else [],
             "slurm_job": job.get("slurm_job") if running and job is not None else None,
             "last_sign_s": None if last_sign is None else round(max(now - last_sign, 0.0), 1),
-            "error": None if running else _error(run_dir / "job")}
+            "error": None if busy else _error(run_dir / "job")}
+
+
+def _searches(config: dict[str, Any]) -> bool:
+    """Whether the recipe, one without rounds, has a search."""
+    return config.get("search", {}) not in ({}, dataclasses.asdict(SearchConfig()))
+
+
+def _wanted(config: dict[str, Any], searched: bool) -> list[str]:
+    """Stages and controls of a round, with those that a search adds."""
+    wanted = [*config["stages"], *config.get("controls", [])]
+    if searched and "prune" in wanted:
+        wanted.insert(wanted.index("prune"), "search")
+    if searched and "distill" in wanted and config["search"].get("compare"):
+        wanted.insert(wanted.index("distill") + 1, "compare")
+    return wanted
 
 
 def _job(run_dir: Path) -> dict[str, Any] | None:
@@ -112,6 +135,8 @@ def _stage(directory: Path, name: str, *, running: bool) -> StageStatus:
         manifest = read_json(directory / "manifest.json")
         steps = manifest["result"].get("steps")
         return StageStatus(name=name, state="done", step=steps, steps=steps, seconds=manifest["times"]["seconds"])
+    if name.rpartition("/")[2] == "search":
+        return _search(directory, name, running=running)
     if not (directory / "started.json").exists():
         return StageStatus(name=name, state="waiting")
     state = "running" if running else "stopped"
@@ -128,6 +153,17 @@ def _stage(directory: Path, name: str, *, running: bool) -> StageStatus:
     eta = None if rate is None or total is None else round(rate * (total - last["step"]), 1)
     return StageStatus(name=name, state=state, step=last["step"], steps=total, seconds=last["seconds"], eta_s=eta,
                        loss=last["loss"], resume_step=resume)
+
+
+def _search(directory: Path, name: str, *, running: bool) -> StageStatus:
+    """Of a search that is not done, by the folders of its candidates; a job holds a lock on the one that it is at."""
+    begun = sorted({path.parents[1] for path in directory.glob("*/*/started.json")})
+    if not begun:
+        return StageStatus(name=name, state="running" if running else "waiting")
+    at_work = tuple(folder.name for folder in begun if _held(folder / ".lock"))
+    done = sum((folder / "distill" / "manifest.json").exists() for folder in begun)
+    return StageStatus(name=name, state="running" if running or at_work else "stopped", step=done, steps=len(begun),
+                       at_work=at_work)
 
 
 def _at_work(directory: Path) -> Path:
@@ -170,7 +206,12 @@ def shown(found: dict[str, Any]) -> str:
     lines = [head]
     for stage in found["stages"]:
         line = f"  {stage['name']:<14}{stage['state']:<9}"
-        if stage["step"] is not None:
+        if stage["name"].rpartition("/")[2] == "search" and stage["state"] != "done":
+            if stage["steps"]:
+                line += f" {stage['step']} candidates done of {stage['steps']} begun"
+            if stage["at_work"]:
+                line += f"; at work: {', '.join(stage['at_work'])}"
+        elif stage["step"] is not None:
             line += f" step {stage['step']}" + (f"/{stage['steps']}" if stage["steps"] else "")
         if stage["seconds"] is not None:
             line += f"  {_duration(stage['seconds'])}"

@@ -95,3 +95,33 @@ def test_an_alignment_at_work_is_where_its_newest_training_is(run_dir):
     write_json(align / "started.json", {})
     found = stages(run_dir)["align"]
     assert (found["state"], found["step"], found["steps"], found["loss"]) == ("stopped", 5, 11, 2.5)
+
+
+def test_candidates_of_a_search_that_other_jobs_are_at(run_dir):
+    """Two are done, a task of a job array holds the lock of a third; no run holds that of the whole."""
+    (run_dir / "config.yaml").write_text("stages: [score, prune, distill]\nsearch: {tokens: 1024, compare: true}\n")
+    search = run_dir / "round1" / "search"
+    for number in range(4):
+        write_json(search / f"c{number}" / "prune/started.json", {})
+        (search / f"c{number}" / ".lock").touch()
+        if number < 2:
+            write_json(search / f"c{number}" / "distill/manifest.json", {})
+    with open(search / "c2/.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = run_status(run_dir, now=0.0)
+    names = [stage["name"] for stage in found["stages"]]
+    assert names == ["score", "search", "prune", "distill", "compare"] and found["state"] == "running"
+    status = found["stages"][1]
+    assert (status["state"], status["step"], status["steps"], status["at_work"]) == ("running", 2, 4, ("c2",))
+    assert "2 candidates done of 4 begun; at work: c2" in shown(found)
+    assert stages(run_dir)["search"]["state"] == "stopped"
+
+
+@pytest.mark.parametrize(("recipe", "expected"), [
+    ("stages: [score, prune]\n", ["score", "prune"]),
+    ("stages: [score, prune]\nrounds: [{name: a, search: null}, {name: b, search: minitron_4b}]\n",
+     ["a/score", "a/prune", "b/score", "b/search", "b/prune"]),
+])
+def test_a_search_is_a_stage_where_there_is_one(recipe, expected, run_dir):
+    (run_dir / "config.yaml").write_text(recipe)
+    assert list(stages(run_dir)) == expected
