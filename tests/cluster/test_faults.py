@@ -142,10 +142,11 @@ def test_kill_9(who, run, locally):
     victims = [pid for pid in processes(started.folder, *words)
                if who != "one rank" or "srun" not in Path(f"/proc/{pid}/cmdline").read_text()]
     assert victims
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in victims}
     since, done = time.time(), started.step()
     for pid in victims[:1] if who == "one rank" else victims:
         os.kill(pid, signal.SIGKILL)
-    assert started.wait_ended(60) == "FAILED", "at once, not after a collective's time limit"
+    assert started.wait_ended(60) == "FAILED", f"at once, not after a collective's time limit; {lines}\n{started.log()}"
     done = max(done, started.step())
     if who == "one rank":
         assert re.search(r"^rank \d+ failed:|ended without saying why", started.log(), re.MULTILINE)
