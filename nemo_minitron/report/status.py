@@ -204,8 +204,9 @@ def shown(found: dict[str, Any]) -> str:
     if found["last_sign_s"] is not None and found["state"] != "done":
         head += f", last sign of life {_duration(found['last_sign_s'])} ago"
     lines = [head]
+    width = max([12, *(len(stage["name"]) for stage in found["stages"])])
     for stage in found["stages"]:
-        line = f"  {stage['name']:<14}{stage['state']:<9}"
+        line = f"  {stage['name']:<{width}}  {stage['state']:<9}"
         if stage["name"].rpartition("/")[2] == "search" and stage["state"] != "done":
             if stage["steps"]:
                 line += f" {stage['step']} candidates done of {stage['steps']} begun"

@@ -125,3 +125,4 @@ def test_candidates_of_a_search_that_other_jobs_are_at(run_dir):
 def test_a_search_is_a_stage_where_there_is_one(recipe, expected, run_dir):
     (run_dir / "config.yaml").write_text(recipe)
     assert list(stages(run_dir)) == expected
+    assert all(f"  {name} " in shown(run_status(run_dir, now=0.0)) for name in expected), "a blank after each name"
