@@ -15,11 +15,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import read_json, write_json
+from nemo_minitron.artifacts import read_json
 from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.launch import signals, standing
 from nemo_minitron.launch.rank_log import RankLog
@@ -32,7 +32,8 @@ from nemo_minitron.training.resume import is_disk_full
 def main() -> int:
     """Run `job.json` in the folder given as the only argument; leave `error_RANK.json` there when it fails.
 
-    torchrun or srun starts one process a rank.
+    A rank that a signal reaches leaves `signalled_RANK.json`, and `stopped_RANK.json` once it ends for it. torchrun or
+    srun starts one process a rank.
     """
     job_dir = Path(sys.argv[1])
     os.umask(os.umask(0o077) | 0o022)  # results are not to be changed by others
@@ -53,18 +54,23 @@ def main() -> int:
             log = RankLog(log_dir(job_dir), rank)
             watch = Watch(job_dir, rank=rank, world_size=num_ranks(job), stall_s=_stall_s(job))
             watch.start()
-            _run(job, rank, log)
+            signals.tell_at_once(lambda name: _leave_signal(job_dir, "signalled", rank, f"stopped by {name}"))
+            try:
+                _run(job, rank, log)
+            except signals.Stop:
+                raise
+            except BaseException:
+                signals.hold()  # what ends the others must not keep this one from saying why
+                raise
     except UserError as error:
         _leave(job_dir, job, log, {"kind": "user", "rank": rank, "message": str(error)})
         return 2
     except signals.Stop as stop:
         if watch is not None and watch.failed:
             return 1  # torchrun or srun sent the signal, and nobody who wants the job to go on later
-        if rank == 0:
-            write_json(job_dir / "stopped.json", {"message": str(stop), "time": time.time()})
+        _leave_signal(job_dir, "stopped", rank, str(stop))
         return 0
     except BaseException as error:
-        signals.hold()  # what ends the others must not keep this one from saying why
         if is_disk_full(error):
             full = UserError("the disk is full", expected="free space, then the same command goes on",
                              found=str(error), key="output_dir")
@@ -99,6 +105,12 @@ def _take_rank() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     if os.getppid() == 1:  # it had died before
         os._exit(1)
+
+
+def _leave_signal(job_dir: Path, what: str, rank: int, message: str) -> None:
+    """Write that a signal has reached this rank, or that it ends for it."""
+    with suppress(OSError):
+        leave_record(job_dir, what, {"rank": rank, "message": message})
 
 
 def _leave(job_dir: Path, job: dict[str, Any] | None, log: RankLog | None, record: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from nemo_minitron.launch.processes import (
 from nemo_minitron.launch.workers import (
     TOKEN,
     end_with_parent,
+    has_stopped,
     keep_line,
     passing_on,
     raise_worker_error,
@@ -48,7 +49,7 @@ class _Group:
     def failed(self) -> bool:
         """Whether it has ended, and not with everything done."""
         code = self.process.poll()
-        return code is not None and (code != 0 or (self.directory / "stopped.json").exists())
+        return code is not None and (code != 0 or has_stopped(self.directory))
 
 
 def check_groups(config: Config) -> None:
@@ -136,9 +137,11 @@ def _wait(running: list[_Group], job_dir: Path) -> None:
             reader.join()
     first = first or next((group for group in running if group.failed), None)
     if first is not None:
-        for record in (*first.directory.glob("error_*.json"), *first.directory.glob("stopped.json")):
-            shutil.copy(record, job_dir / record.name)  # where `minitron status` looks
-        raise_worker_error(first.directory, first.errors)
+        try:
+            raise_worker_error(first.directory, first.errors, returncode=first.process.returncode)
+        finally:
+            for record in (*first.directory.glob("error_*.json"), *first.directory.glob("stopped*.json")):
+                shutil.copy(record, job_dir / record.name)  # where `minitron status` looks
 
 
 def _tell(running: list[_Group], number: signal.Signals) -> None:

@@ -7,7 +7,10 @@ all ranks; anything else has nothing to save, and ends at once.
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -31,6 +34,25 @@ def listen() -> None:
     _listening = True
     for number in SIGNALS:
         signal.signal(number, _notice)
+
+
+def tell_at_once(told: Callable[[str], None]) -> None:
+    """Call `told` in a thread with the name of the first signal, whatever the main thread is in (main thread).
+
+    A handler has to wait for the main thread's next line of Python, and that may be behind a collective which the rank
+    on the other side has left.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    names = {int(number): number.name for number in SIGNALS}
+
+    def read() -> None:
+        while (number := os.read(reading, 1)[0]) not in names:
+            pass
+        told(names[number])
+
+    threading.Thread(target=read, name="signals", daemon=True).start()
 
 
 def listen_alone() -> None:

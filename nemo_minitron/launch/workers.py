@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from nemo_minitron.launch.processes import Placement, is_srun, local_command, pl
 
 RECORD = "minitron-error: "
 """Begins a line on stderr that is an error record of a rank which cannot see the job's folder."""
+RECORDS = ("error_", "where_", "signalled_", "stopped")
+"""How the files begin that ranks leave when they end before they are done; `stopped.json` is the launcher's own."""
 TOKEN = "MINITRON_JOB"
 """Variable that names the job, as `job.json` does: a rank that finds another name there sees another folder."""
 
@@ -58,8 +61,8 @@ def run_workers(config: Config, stages: list[str], *, processes: int, command: s
     worker = subprocess.Popen(start, env=worker_environment(config, place.per_node) | {TOKEN: token}, pass_fds=(lock,),
                               preexec_fn=end_with_parent, stderr=subprocess.PIPE)
     errors = _watch(worker)
-    if worker.returncode != 0 or (job_dir / "stopped.json").exists():
-        raise_worker_error(job_dir, errors)
+    if worker.returncode != 0 or has_stopped(job_dir):
+        raise_worker_error(job_dir, errors, returncode=worker.returncode)
 
 
 def log_dir(job_dir: Path) -> Path:
@@ -78,7 +81,7 @@ def write_job(job_dir: Path, config: Config, job: dict[str, Any], *, alive: Path
     `alive` is the file that ranks lock as long as they live, `.ranks` in `job_dir` where None.
     """
     job_dir.mkdir(parents=True, exist_ok=True)
-    for old in (*job_dir.glob("error_*.json"), *job_dir.glob("where_*.json"), job_dir / "stopped.json"):
+    for old in [path for what in RECORDS for path in job_dir.glob(f"{what}*.json")]:
         old.unlink(missing_ok=True)
     token = uuid.uuid4().hex
     write_json(job_dir / "job.json", {"config": config.to_dict(), **job, "token": token,
@@ -163,19 +166,25 @@ def keep_line(lines: list[str], raw: bytes) -> list[str]:
     return [*lines[-199:], line] if len(lines) < 200 else [*lines[:1], *lines[-198:], line]
 
 
-def raise_worker_error(job_dir: Path, stderr: list[str]) -> None:
-    """Raise what the ranks wrote down: a stop by signal or a user's mistake first, else the first traceback.
+def has_stopped(job_dir: Path) -> bool:
+    """Whether a rank ended for a signal, before it was done."""
+    return any(job_dir.glob("stopped_*.json"))
 
-    Where they wrote nothing down, their stderr is shown.
+
+def raise_worker_error(job_dir: Path, stderr: list[str], *, returncode: int) -> None:
+    """Raise what the ranks wrote down: a user's mistake first, then a stop by signal, then the first traceback.
+
+    Where they wrote nothing down, their stderr is shown. `returncode` is of what started them.
     """
-    records = [json.loads(path.read_text()) for path in sorted(job_dir.glob("error_*.json"))]
+    records = _records(job_dir, "error")
     records += [json.loads(line.removeprefix(RECORD)) for line in stderr if line.startswith(RECORD)]
     for record in records:
         if record["kind"] == "user":
             raise UserError(record["message"])
-    stopped = job_dir / "stopped.json"
-    if stopped.exists():
-        raise Stopped(f"minitron: {json.loads(stopped.read_text())['message']}; the same command goes on from here")
+    stop = _stop(job_dir, records, returncode)
+    if stop is not None:
+        write_json(job_dir / "stopped.json", {"message": stop})
+        raise Stopped(f"minitron: {stop}; the same command goes on from here")
     standings = _standings(job_dir, records)
     if records:
         first = min(records, key=lambda record: float(record["time"]))
@@ -184,12 +193,37 @@ def raise_worker_error(job_dir: Path, stderr: list[str]) -> None:
     raise WorkerError("\n".join(["a worker ended without saying why:", "".join(stderr).rstrip(), *standings]))
 
 
+def _records(job_dir: Path, what: str) -> list[dict[str, Any]]:
+    """What ranks left in files of this name, in the ranks' order."""
+    found = [json.loads(path.read_text()) for path in job_dir.glob(f"{what}_*.json")]
+    return sorted(found, key=lambda record: int(record["rank"]))
+
+
+def _stop(job_dir: Path, errors: list[dict[str, Any]], returncode: int) -> str | None:
+    """What the signal's ranks say where it is the signal that ended the job, else None.
+
+    srun and torchrun send SIGTERM to the ranks that are left when one has died, so a signal on some ranks tells
+    nothing. Whoever stops a job tells all ranks; one that failed or was killed before that has no record of it.
+    """
+    stopped, signalled = _records(job_dir, "stopped"), _records(job_dir, "signalled")
+    if not stopped and not signalled:
+        return None
+    failed = {record["rank"]: float(record["time"]) for record in errors}
+    ranks = {record["rank"] for record in stopped}
+    ranks |= {record["rank"] for record in signalled if record["time"] <= failed.get(record["rank"], math.inf)}
+    if returncode != 0 and len(ranks) < num_ranks(read_json(job_dir / "job.json")):
+        return None
+    return str((stopped or signalled)[0]["message"])
+
+
 def _standings(job_dir: Path, records: list[dict[str, Any]]) -> list[str]:
     """A line for every rank, where it stood when the job failed, and where the ranks' logs are."""
     if not (job_dir / "job.json").exists() or not log_dir(job_dir).exists():
         return []  # they came to nothing
-    told = records + [json.loads(path.read_text()) for path in job_dir.glob("where_*.json")]
-    lines = {int(record["rank"]): str(record["where"]) for record in told[::-1] if "where" in record}
+    told = records + _records(job_dir, "where")
+    lines = {int(record["rank"]): f"rank {record['rank']}: {record['message']}"
+             for what in ("signalled", "stopped") for record in _records(job_dir, what)}
+    lines |= {int(record["rank"]): str(record["where"]) for record in told[::-1] if "where" in record}
     for rank in range(num_ranks(read_json(job_dir / "job.json"))):
         if rank not in lines:
             lines[rank] = f"rank {rank}: ended without a word ({_last_words(job_dir, rank)})"

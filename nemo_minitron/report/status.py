@@ -191,7 +191,8 @@ def _error(job_dir: Path) -> str | None:
         return str(read_json(job_dir / "stopped.json")["message"])
     records = [read_json(path) for path in sorted(job_dir.glob("error_*.json"))]
     if not records:
-        return None
+        stopped = sorted(job_dir.glob("stopped_*.json"))  # by ranks whose launcher had no time to say so
+        return str(read_json(stopped[0])["message"]) if stopped else None
     first = min(records, key=lambda record: (record["kind"] != "user", record["time"]))
     return f"rank {first['rank']}: " + str(first.get("message") or first["traceback"].strip().splitlines()[-1])
 

@@ -55,11 +55,13 @@ class ResumePoints(pl.Callback):
         signals.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A point on its way is given up: the other ranks may not be there to complete it."""
+        """A point on its way is given up: the other ranks may not be there to complete it.
+
+        Signals stay held: where a rank was killed, the one that tells the others to end must not pass for a stop.
+        """
         if self._pending is not None:
             self._pending.writing.wait()
             self._pending = None
-        signals.release()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save when it is time; not at the last step, whose result the stage itself writes."""

@@ -50,13 +50,14 @@ def wait_until(condition, seconds):
     return condition()
 
 
-def start_and_wait(inputs, directory, step, **changes):
+def start_and_wait(inputs, directory, step, modules=None, **changes):
     """Start the tiny recipe and wait until `distill` has passed `step`; returns the process and its tree.
 
     From the first step that is saved on there is also a resume point, complete, to go on from.
     """
     saved = step >= CHECKPOINT_EVERY
-    process, run_dir = start(inputs.arguments(directory / "outputs", **changes), directory), directory / "outputs/tiny"
+    process = start(inputs.arguments(directory / "outputs", **changes), directory, modules=modules)
+    run_dir = directory / "outputs/tiny"
     deadline = time.monotonic() + 300
     try:
         while steps_done(run_dir) <= step or (

@@ -5,10 +5,13 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.command import run
 from tests.e2e.test_kill import start_and_wait
 
-SLEEP = """
+# sitecustomize of the ranks: rank NUMBER runs PLANTED, which changes TrainingModule or ResumePoints
+PLANT = """
 import os
 import sys
 import threading
@@ -16,10 +19,18 @@ import time
 
 
 def plant():
-    while not hasattr(sys.modules.get("nemo_minitron.training.module"), "SumReduction"):
+    while not hasattr(sys.modules.get("nemo_minitron.training.trainer"), "fit"):
         time.sleep(0.05)
     from nemo_minitron.training.module import TrainingModule
+    from nemo_minitron.training.points import ResumePoints
 
+    PLANTED
+
+if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "NUMBER":
+    threading.Thread(target=plant, daemon=True).start()
+"""
+
+SLEEP = """
     data_step = TrainingModule.data_step
 
     def oversleep(self, data):
@@ -28,11 +39,27 @@ def plant():
         return data_step(self, data)
 
     TrainingModule.data_step = oversleep
-
-
-if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "1":
-    threading.Thread(target=plant, daemon=True).start()
 """
+
+SLOW_TO_FAIL = """
+    on_exception = ResumePoints.on_exception
+
+    def slow(self, *arguments):
+        on_exception(self, *arguments)
+        for _ in range(30):
+            time.sleep(0.1)
+
+    ResumePoints.on_exception = slow
+"""
+
+
+def plant(directory, planted, *, rank):
+    """A folder whose `sitecustomize` lets this rank do what is planted."""
+    modules = directory / "modules"
+    modules.mkdir()
+    text = PLANT.replace("    PLANTED", planted).replace("NUMBER", str(rank))
+    (modules / "sitecustomize.py").write_text(text)
+    return modules
 
 
 def lines(path):
@@ -49,10 +76,8 @@ def test_what_the_terminal_shows_is_in_rank_0_s_logs(undisturbed):
 
 
 def test_one_rank_sleeps_in_the_middle_of_a_step(halfway, inputs):
-    (halfway / "modules").mkdir()
-    (halfway / "modules/sitecustomize.py").write_text(SLEEP)
     finished = run(inputs.arguments(halfway / "outputs", parallel__dp=2, parallel__stall_s=20, parallel__timeout_s=900),
-                   halfway, modules=halfway / "modules")
+                   halfway, modules=plant(halfway, SLEEP, rank=1))
     assert finished.code == 1
     told = finished.stderr.splitlines()
     assert re.fullmatch(r"rank \d failed:", told[0]) and told[1] == "no progress for 20 s (parallel.stall_s)", told
@@ -66,11 +91,15 @@ def test_one_rank_sleeps_in_the_middle_of_a_step(halfway, inputs):
     assert "[distill]" not in (halfway / "outputs/tiny/logs/distill/rank_1.log").read_text(), "rank 0 alone says that"
 
 
-def test_one_rank_is_killed_and_the_other_ends_at_once(halfway, inputs):
-    process, tree = start_and_wait(inputs, halfway, 3, parallel__dp=2, parallel__timeout_s=900)
+@pytest.mark.parametrize("slow", [False, True], ids=["at_once", "signal_comes_first"])
+def test_one_rank_is_killed_and_the_other_ends_at_once(halfway, inputs, slow):
+    """torchrun then tells the other to end: that is no stop, after which a job on a cluster would be put back."""
+    process, tree = start_and_wait(inputs, halfway, 3, plant(halfway, SLOW_TO_FAIL, rank=0) if slow else None,
+                                   parallel__dp=2, parallel__timeout_s=900)
     (victim,) = [pid for pid in tree if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=25)  # torchrun itself would wait 30 s for the other
     assert process.returncode == 1
+    assert "stopped by" not in stderr
     assert "rank 1: ended without a word (killed, or out of memory?)" in stderr.splitlines()
     assert re.search(r"^rank 0: step \d+ of distill, in \w+ at ", stderr, re.MULTILINE), stderr

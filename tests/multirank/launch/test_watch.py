@@ -47,7 +47,7 @@ def test_one_rank_sleeps_in_the_middle_of_a_step(tmp_path):
     codes, seconds = run(job_dir, stall_s=4, rank_1="sleep")
     assert codes == [1] * WORLD_SIZE and seconds < 30, "long before the collective's 300 s"
     with pytest.raises(WorkerError) as raised:
-        raise_worker_error(job_dir, [])
+        raise_worker_error(job_dir, [], returncode=1)
     told = str(raised.value).splitlines()
     assert re.fullmatch(r"rank \d failed:", told[0]) and told[1] == "no progress for 4 s (parallel.stall_s)"
     expected = [("all_reduce", r"\d+"), ("stuck", r"\d+"), ("all_reduce", r"\d+")]
@@ -65,7 +65,7 @@ def test_when_one_rank_has_failed_the_rest_end_at_once(tmp_path):
     codes, seconds = run(job_dir, stall_s=300, rank_1="fail")
     assert codes == [1] * WORLD_SIZE and seconds < 15
     with pytest.raises(WorkerError, match=r"^rank 1 failed:\nValueError: planted\nrank 0: step 7 of distill, in all"):
-        raise_worker_error(job_dir, [])
+        raise_worker_error(job_dir, [], returncode=1)
     for rank in (0, 2):
         record = json.loads((job_dir / f"where_{rank}.json").read_text())
         assert record["message"] == "rank 1 has failed" and record["where"] in log(job_dir, rank)

@@ -16,7 +16,7 @@ job = json.loads((folder / "job.json").read_text())
 assert job["token"] == os.environ["MINITRON_JOB"]
 
 def stop(*_):
-    (folder / "stopped.json").write_text(json.dumps({"message": "stopped by SIGTERM"}))
+    (folder / "stopped_0.json").write_text(json.dumps({"rank": 0, "message": "stopped by SIGTERM"}))
     sys.exit(0)
 
 signal.signal(signal.SIGTERM, stop)
@@ -73,6 +73,7 @@ def test_one_that_does_not_end_well_stops_the_others(does, error, message, start
     with pytest.raises(error, match=message):
         start(*does)
     waiting = tmp_path / "run/job" / f"group{does.index('wait') + 1}"
-    assert (waiting / "stopped.json").exists(), "the other wrote its resume point and ended"
+    assert (waiting / "stopped_0.json").exists(), "the other wrote its resume point and ended"
     job_dir = tmp_path / "run/job"
     assert (job_dir / "error_0.json").exists() == ("mistake" in does), "minitron status finds it"
+    assert (job_dir / "stopped.json").exists() == (error is Stopped)

@@ -1,5 +1,8 @@
+import hashlib
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -14,6 +17,7 @@ def _listening(monkeypatch):
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signals.listen()
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -33,6 +37,17 @@ def test_in_training_it_waits_to_be_asked_for():
     signals.release()
     with pytest.raises(signals.Stop):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_it_is_told_of_while_the_main_thread_is_in_a_call_of_c():
+    told: list[tuple[str, float]] = []
+    signals.hold()
+    signals.tell_at_once(lambda name: told.append((name, time.monotonic())))
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # about 2 s without a line of Python
+    ended = time.monotonic()
+    ((name, at),) = told
+    assert name == "SIGUSR1" == signals.requested() and ended - at > 0.2
 
 
 def test_a_handler_that_was_put_before_it_is_taken_away():

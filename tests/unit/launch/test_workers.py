@@ -36,32 +36,72 @@ def test_a_mistake_found_on_one_rank_comes_before_what_it_caused_on_others(tmp_p
     write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 1.0},
                  {"kind": "user", "message": "too little text", "time": 2.0})
     with pytest.raises(UserError, match=r"^too little text$"):
-        raise_worker_error(tmp_path, [])
+        raise_worker_error(tmp_path, [], returncode=1)
 
 
 def test_the_first_failure_is_shown(tmp_path):
     write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 2.0},
                  {"kind": "failure", "traceback": "the cause", "time": 1.0})
     with pytest.raises(WorkerError, match="rank 1 failed:\nthe cause"):
-        raise_worker_error(tmp_path, ["noise"])
+        raise_worker_error(tmp_path, ["noise"], returncode=1)
 
 
 def test_a_worker_that_says_nothing(tmp_path):
     with pytest.raises(WorkerError, match="Killed"):
-        raise_worker_error(tmp_path, ["Killed\n"])
+        raise_worker_error(tmp_path, ["Killed\n"], returncode=1)
 
 
 def test_a_mistake_told_on_stderr_counts_like_one_in_the_folder(tmp_path):
     told = RECORD + json.dumps({"kind": "user", "rank": 3, "message": "not shared"}) + "\n"
     with pytest.raises(UserError, match=r"^not shared$"):
-        raise_worker_error(tmp_path, [told, "noise\n"])
+        raise_worker_error(tmp_path, [told, "noise\n"], returncode=1)
+
+
+def write_signals(directory, what, times):
+    for rank, time in times.items():
+        record = {"rank": rank, "message": f"{what} by SIGTERM, rank {rank}", "time": time}
+        (directory / f"{what}_{rank}.json").write_text(json.dumps(record))
 
 
 def test_a_stop_comes_before_what_it_caused_on_other_ranks(tmp_path):
-    write_errors(tmp_path, {"kind": "failure", "traceback": "peer gone", "time": 1.0})
-    (tmp_path / "stopped.json").write_text(json.dumps({"message": "stopped by SIGTERM"}))
-    with pytest.raises(Stopped, match=r"^minitron: stopped by SIGTERM; the same command goes on from here$"):
-        raise_worker_error(tmp_path, [])
+    job_dir = write_job(tmp_path, 3)
+    write_signals(job_dir, "signalled", {0: 1.0, 1: 1.0, 2: 1.1})
+    write_signals(job_dir, "stopped", {1: 2.0, 2: 2.1})
+    write_errors(job_dir, {"kind": "failure", "traceback": "peer gone", "time": 3.0})
+    message = "stopped by SIGTERM, rank 1"
+    with pytest.raises(Stopped, match=f"^minitron: {message}; the same command goes on from here$"):
+        raise_worker_error(job_dir, [], returncode=1)
+    assert json.loads((job_dir / "stopped.json").read_text()) == {"message": message}
+
+
+def test_a_stop_that_one_rank_heard_of_and_all_agreed_to(tmp_path):
+    job_dir = write_job(tmp_path, 2)
+    write_signals(job_dir, "signalled", {1: 1.0})
+    write_signals(job_dir, "stopped", {0: 2.0, 1: 2.0})
+    for returncode in (0, 1):
+        with pytest.raises(Stopped, match="stopped by SIGTERM, rank 0"):
+            raise_worker_error(job_dir, [], returncode=returncode)
+
+
+def test_where_a_rank_died_the_signal_that_ends_the_others_is_no_stop(tmp_path):
+    job_dir = write_job(tmp_path, 3)
+    write_signals(job_dir, "signalled", {0: 1.1, 2: 1.2})
+    write_signals(job_dir, "stopped", {2: 1.3})
+    with pytest.raises(WorkerError) as raised:
+        raise_worker_error(job_dir, ["task 1: Killed\n"], returncode=137)
+    assert not isinstance(raised.value, Stopped) and not (job_dir / "stopped.json").exists()
+    assert str(raised.value).splitlines()[:5] == [
+        "a worker ended without saying why:", "task 1: Killed", "rank 0: signalled by SIGTERM, rank 0",
+        "rank 1: ended without a word (killed, or out of memory?)", "rank 2: stopped by SIGTERM, rank 2"]
+
+
+def test_a_rank_that_failed_before_a_signal_came_was_not_stopped(tmp_path):
+    job_dir = write_job(tmp_path, 2)
+    write_errors(job_dir, {"kind": "failure", "traceback": "the cause", "time": 1.0})
+    write_signals(job_dir, "signalled", {0: 1.1, 1: 1.1})
+    write_signals(job_dir, "stopped", {1: 1.2})
+    with pytest.raises(WorkerError, match=r"^rank 0 failed:\nthe cause"):
+        raise_worker_error(job_dir, [], returncode=1)
 
 
 def test_a_rank_that_sees_another_folder(tmp_path, monkeypatch):
@@ -96,7 +136,7 @@ def test_after_the_traceback_a_line_for_every_rank(tmp_path):
     (tmp_path / "logs/distill/rank_3.log").write_text(
         "--- a\nFatal Python error: Aborted\n--- b\nFatal Python error: Segmentation fault\n\nThread 0x1\n")
     with pytest.raises(WorkerError) as raised:
-        raise_worker_error(job_dir, [])
+        raise_worker_error(job_dir, [], returncode=1)
     assert str(raised.value).splitlines() == [
         "rank 1 failed:", "the cause", "rank 0: here", "rank 1: there", "rank 2: in all_reduce",
         "rank 3: ended without a word (Segmentation fault)",
@@ -107,7 +147,7 @@ def test_ranks_that_were_all_killed(tmp_path):
     job_dir = write_job(tmp_path, 1)
     (tmp_path / "logs/distill/rank_0.log").write_text("--- a\nFatal Python error: Aborted\n--- b\n[distill] a line\n")
     with pytest.raises(WorkerError) as raised:
-        raise_worker_error(job_dir, ["exitcode: -9\n"])
+        raise_worker_error(job_dir, ["exitcode: -9\n"], returncode=1)
     assert str(raised.value).splitlines()[:3] == [
         "a worker ended without saying why:", "exitcode: -9",
         "rank 0: ended without a word (killed, or out of memory?)"]
@@ -116,4 +156,4 @@ def test_ranks_that_were_all_killed(tmp_path):
 def test_a_stall_is_told_like_a_failure(tmp_path):
     write_errors(tmp_path, {"kind": "stall", "message": "no progress for 9 s", "time": 1.0, "where": "rank 0: here"})
     with pytest.raises(WorkerError, match=r"^rank 0 failed:\nno progress for 9 s$"):
-        raise_worker_error(tmp_path, [])
+        raise_worker_error(tmp_path, [], returncode=1)

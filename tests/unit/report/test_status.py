@@ -61,6 +61,11 @@ def test_a_run_that_ended_early_says_why(run_dir):
     assert stages(run_dir)["distill"]["state"] == "stopped"
 
 
+def test_a_run_whose_launcher_had_no_time_to_say_why_it_ended(run_dir):
+    write_json(run_dir / "job/stopped_2.json", {"rank": 2, "message": "stopped by SIGTERM", "time": 1.0})
+    assert run_status(run_dir, now=0.0)["error"] == "stopped by SIGTERM"
+
+
 def test_a_run_that_is_done(run_dir):
     for name in ("prune", "distill", "report", "ce"):
         Manifest(stage=name, fingerprint="f", inputs={}, config={}, versions={}, world={}, times={"seconds": 1.0},
