@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import run
-from tests.e2e.test_kill import start_and_wait
+from tests.e2e.command import run, start
+from tests.e2e.test_kill import descendants, start_and_wait, wait_until
 
-# sitecustomize of the ranks: rank NUMBER runs PLANTED, which changes TrainingModule or ResumePoints
+# sitecustomize of the ranks: rank NUMBER runs PLANTED once a module is there that imports what it changes
 PLANT = """
 import os
 import sys
@@ -19,11 +19,8 @@ import time
 
 
 def plant():
-    while not hasattr(sys.modules.get("nemo_minitron.training.trainer"), "fit"):
+    while not hasattr(sys.modules.get("MODULE"), "ATTRIBUTE"):
         time.sleep(0.05)
-    from nemo_minitron.training.module import TrainingModule
-    from nemo_minitron.training.points import ResumePoints
-
     PLANTED
 
 if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "NUMBER":
@@ -31,6 +28,8 @@ if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == "NUMBER":
 """
 
 SLEEP = """
+    from nemo_minitron.training.module import TrainingModule
+
     data_step = TrainingModule.data_step
 
     def oversleep(self, data):
@@ -42,6 +41,8 @@ SLEEP = """
 """
 
 SLOW_TO_FAIL = """
+    from nemo_minitron.training.points import ResumePoints
+
     on_exception = ResumePoints.on_exception
 
     def slow(self, *arguments):
@@ -52,12 +53,27 @@ SLOW_TO_FAIL = """
     ResumePoints.on_exception = slow
 """
 
+SLOW_TO_SCORE = """
+    score = sys.modules["nemo_minitron.stages.score"]
+    collect_scores = score.collect_scores
 
-def plant(directory, planted, *, rank):
-    """A folder whose `sitecustomize` lets this rank do what is planted."""
+    def slow(*arguments, **more):
+        print("slow", flush=True)
+        for _ in range(100):
+            time.sleep(0.1)
+        return collect_scores(*arguments, **more)
+
+    score.collect_scores = slow
+"""
+
+
+def plant(directory, planted, *, rank, where="nemo_minitron.training.trainer:fit"):
+    """A folder whose `sitecustomize` lets this rank do what is planted, once the function `where` is there."""
     modules = directory / "modules"
     modules.mkdir()
     text = PLANT.replace("    PLANTED", planted).replace("NUMBER", str(rank))
+    for name, value in zip(("MODULE", "ATTRIBUTE"), where.split(":"), strict=True):
+        text = text.replace(name, value)
     (modules / "sitecustomize.py").write_text(text)
     return modules
 
@@ -91,15 +107,39 @@ def test_one_rank_sleeps_in_the_middle_of_a_step(halfway, inputs):
     assert "[distill]" not in (halfway / "outputs/tiny/logs/distill/rank_1.log").read_text(), "rank 0 alone says that"
 
 
+def of_rank(number, tree):
+    """The process of this rank among those of `tree`."""
+    variable = f"\0RANK={number}\0".encode()
+    (found,) = [pid for pid in tree if variable in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+    return found
+
+
 @pytest.mark.parametrize("slow", [False, True], ids=["at_once", "signal_comes_first"])
 def test_one_rank_is_killed_and_the_other_ends_at_once(halfway, inputs, slow):
     """torchrun then tells the other to end: that is no stop, after which a job on a cluster would be put back."""
     process, tree = start_and_wait(inputs, halfway, 3, plant(halfway, SLOW_TO_FAIL, rank=0) if slow else None,
                                    parallel__dp=2, parallel__timeout_s=900)
-    (victim,) = [pid for pid in tree if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(victim, signal.SIGKILL)
+    os.kill(of_rank(1, tree), signal.SIGKILL)
     _, stderr = process.communicate(timeout=25)  # torchrun itself would wait 30 s for the other
     assert process.returncode == 1
     assert "stopped by" not in stderr
     assert "rank 1: ended without a word (killed, or out of memory?)" in stderr.splitlines()
     assert re.search(r"^rank 0: step \d+ of distill, in \w+ at ", stderr, re.MULTILINE), stderr
+
+
+def test_one_rank_is_killed_outside_of_a_training(inputs, tmp_path):
+    """There a signal ends a rank at once."""
+    modules = plant(tmp_path, SLOW_TO_SCORE, rank=0, where="nemo_minitron.stages.score:collect_scores")
+    process = start(inputs.arguments(tmp_path / "outputs", parallel__dp=2, parallel__timeout_s=900), tmp_path,
+                    modules=modules)
+    try:
+        log = tmp_path / "outputs/tiny/logs/score/rank_0.log"
+        assert wait_until(lambda: log.exists() and "slow" in log.read_text(), 120)
+        os.kill(of_rank(1, descendants(process.pid)), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=25)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert stderr.splitlines()[-3:] == [
+        "rank 0: stopped by SIGTERM", "rank 1: ended without a word (killed, or out of memory?)",
+        f"logs of the ranks: {tmp_path}/outputs/tiny/logs"]
