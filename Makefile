@@ -48,7 +48,7 @@ demo-teacher: setup  ## train the embedded teacher again
 	$(BIN)/minitron experiment=demo_teacher $(ARGS)
 
 test: setup  ## the tests, without those marked slow or gpu
-	$(TEST_ENV) $(PYTEST) -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(TEST_ENV) $(PYTEST) -n 2 --no-loadscope-reorder -m 'not slow and not gpu' $(PYTEST_ARGS)
 
 test-slow: setup  ## the tests marked slow
 	$(TEST_ENV) $(PYTEST) -m 'slow and not gpu' $(PYTEST_ARGS)

@@ -1,10 +1,14 @@
-"""What every test gets: no network, no GPU unless asked for, fixed seeds, a time limit by directory, rank pools."""
+"""What every test gets: no network, no GPU unless asked for, fixed seeds, a time limit by directory, rank pools.
+
+Where tests run in several processes (pytest-xdist), here is also which of them stay together.
+"""
 
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +23,7 @@ pytest.register_assert_rewrite("tests.support.trainings")
 
 HERE = Path(__file__).parent
 LIMITS_S = {"unit": 60, "multirank": 300, "e2e": 1200, "cluster": 900, "gpu": 600}
+SHARING = ("cluster", "e2e", "gpu", "multirank")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +34,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(LIMITS_S[directory]))
         if directory == "gpu":
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of one file together, and those of a directory that share pools of ranks and finished runs."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByDirectory(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return next((name for name in SHARING if path.startswith(f"tests/{name}/")), path)
+
+    return ByDirectory(config, log)
 
 
 @pytest.fixture(autouse=True)
