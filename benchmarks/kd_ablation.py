@@ -25,7 +25,8 @@ from pathlib import Path
 
 from nemo_minitron.artifacts import read_json, write_json
 from nemo_minitron.compose import load_config
-from nemo_minitron.pipeline import check_recipe, worker_environment
+from nemo_minitron.launch.workers import worker_environment
+from nemo_minitron.pipeline import check_recipe
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.registry import due_stages
 
