@@ -29,7 +29,7 @@ from nemo_minitron.report.beside import check_beside
 from nemo_minitron.report.published import check_published
 from nemo_minitron.search.recipe import candidates_of, expected_candidate
 from nemo_minitron.stages.aligning import check_align
-from nemo_minitron.stages.context import Context
+from nemo_minitron.stages.context import ROUND, Context
 from nemo_minitron.stages.execute import execute
 from nemo_minitron.stages.initialize import initial_arch
 from nemo_minitron.stages.registry import STAGES, asked_stages, check_inputs, due_stages, wanted_stages
@@ -131,7 +131,7 @@ def check_recipe(context: Context) -> None:
     """
     config, layout = context.config, context.layout
     check_loggers(config.train.loggers)
-    check_beside(config.report.beside)
+    check_beside(config.report.beside, [round_.name for round_ in config.rounds] or [ROUND])
     if is_srun(config.cluster):
         placement(config.cluster, layout.world_size)
     if config.rounds and config.cluster.jobs:

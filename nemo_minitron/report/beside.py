@@ -15,12 +15,16 @@ from nemo_minitron.report.markup import Html, tag
 from nemo_minitron.report.tables import MODEL_NAMES, Row, table
 
 
-def check_beside(runs: Sequence[str]) -> None:
-    """Raise `ConfigError` for a folder that is not a finished run's."""
+def check_beside(runs: Sequence[str], rounds: Sequence[str]) -> None:
+    """Raise `ConfigError` for a folder that is not a finished run's, or of one without any of these rounds."""
     for run in runs:
         if not (Path(run) / "summary.json").is_file():
             raise ConfigError("no run to show beside this one", found=run, key="report.beside",
                               expected="the folder of a finished run, with a summary.json")
+        there = [entry["name"] for entry in read_json(Path(run) / "summary.json")["rounds"]]
+        if not set(there) & set(rounds):
+            raise ConfigError("a run with no round in common", key="report.beside", expected=f"one of "
+                              f"{', '.join(rounds)}", found=f"{', '.join(there)} in {run}")
 
 
 def compared(run_dir: Path, rounds: list[Mapping[str, Any]], other: Path) -> dict[str, Any]:
@@ -30,7 +34,7 @@ def compared(run_dir: Path, rounds: list[Mapping[str, Any]], other: Path) -> dic
     steps that both took, largest difference of a step's training loss in nats/token). Only what both have is there.
 
     Raises:
-        ConfigError: `other` has no round in common with this run.
+        ConfigError: `other` has no model of a round in common with this run.
     """
     there = {entry["name"]: entry for entry in read_json(other / "summary.json")["rounds"]}
     models, trainings = [], []
@@ -43,8 +47,8 @@ def compared(run_dir: Path, rounds: list[Mapping[str, Any]], other: Path) -> dic
             if both := sorted(mine.keys() & theirs.keys()):
                 trainings.append([name, stage, len(both), max(abs(mine[step] - theirs[step]) for step in both)])
     if not models:
-        raise ConfigError("a run with no round in common", key="report.beside", found=f"{', '.join(there)} in {other}",
-                          expected=f"one of {', '.join(entry['name'] for entry in rounds)}")
+        raise ConfigError("a run with no model in common", key="report.beside", found=f"{', '.join(there)} in {other}",
+                          expected=f"models of {', '.join(entry['name'] for entry in rounds)}")
     return {"run": str(other), "models": models, "trainings": trainings}
 
 

@@ -37,14 +37,17 @@ def test_runs_of_other_rounds_have_nothing_to_compare(tmp_path):
     rounds = write_run(tmp_path / "here", {"teacher": 2.0}, [1.0])
     write_run(tmp_path / "there", {"teacher": 2.0}, [1.0])
     rounds[0]["name"] = "half"
-    with pytest.raises(ConfigError, match=r"one of half.*round1 in .*there.*report\.beside"):
+    with pytest.raises(ConfigError, match=r"models of half.*round1 in .*there.*report\.beside"):
         compared(tmp_path / "here", rounds, tmp_path / "there")
+    check_beside([str(tmp_path / "there")], ["half", "round1"])
+    with pytest.raises(ConfigError, match=r"one of half.*round1 in .*there.*report\.beside"):
+        check_beside([str(tmp_path / "there")], ["half"])
 
 
 def test_a_run_that_is_not_finished(tmp_path):
-    check_beside([])
+    check_beside([], ["round1"])
     with pytest.raises(ConfigError, match=r"summary\.json.*report\.beside"):
-        check_beside([str(tmp_path)])
+        check_beside([str(tmp_path)], ["round1"])
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.0, "0"), (1.26e-7, "1.3e-07"), (-0.5, "\u22125.0e-01")])
