@@ -57,10 +57,8 @@ def main() -> int:
             signals.tell_at_once(lambda name: _leave_signal(job_dir, "signalled", rank, f"stopped by {name}"))
             try:
                 _run(job, rank, log)
-            except signals.Stop:
-                raise
             except BaseException:
-                signals.hold()  # what ends the others must not keep this one from saying why
+                signals.hold()  # what ends the others, or a second signal, must not keep this one from saying why
                 raise
     except UserError as error:
         _leave(job_dir, job, log, {"kind": "user", "rank": rank, "message": str(error)})

@@ -25,6 +25,7 @@ from nemo_minitron.launch.processes import (
 )
 from nemo_minitron.launch.workers import (
     TOKEN,
+    VERDICT,
     end_with_parent,
     has_stopped,
     keep_line,
@@ -140,7 +141,7 @@ def _wait(running: list[_Group], job_dir: Path) -> None:
         try:
             raise_worker_error(first.directory, first.errors, returncode=first.process.returncode)
         finally:
-            for record in (*first.directory.glob("error_*.json"), *first.directory.glob("stopped*.json")):
+            for record in (*first.directory.glob("error_*.json"), *first.directory.glob(VERDICT)):
                 shutil.copy(record, job_dir / record.name)  # where `minitron status` looks
 
 

@@ -40,11 +40,12 @@ def tell_at_once(told: Callable[[str], None]) -> None:
     """Call `told` in a thread with the name of the first signal, whatever the main thread is in (main thread).
 
     A handler has to wait for the main thread's next line of Python, and that may be behind a collective which the rank
-    on the other side has left.
+    on the other side has left. What is forked from this process does not speak for it.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     names = {int(number): number.name for number in SIGNALS}
 
     def read() -> None:

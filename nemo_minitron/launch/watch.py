@@ -2,7 +2,8 @@
 
 That is when a step or forward pass makes no progress for too long, and when another rank has failed: waiting for it in
 a collective would last until the collective's own time limit. What ranks leave for each other and for the launcher are
-files in the job's folder: `error_N.json` of a rank that failed or stalled, `where_N.json` of one that ended with it.
+files in the job's folder: `error_N.json` of a rank that failed or stalled, `where_N.json` of one that ended with it,
+`signalled_N.json` and `stopped_N.json` of one that a signal reached and that ended for it.
 """
 
 from __future__ import annotations
@@ -78,13 +79,13 @@ class Watch(threading.Thread):
 
 
 def leave_record(job_dir: Path, what: str, record: dict[str, Any]) -> None:
-    """Write an `error` or a `where` of the rank that `record` names, for the launcher and the other ranks."""
+    """Write a record of this kind of the rank that it names, for the launcher and the other ranks."""
     write_json(job_dir / f"{what}_{record['rank']}.json", record | {"time": time.time(),
                                                                     "token": os.environ.get(TOKEN)})
 
 
 def ranks_of(job_dir: Path, what: str) -> list[int]:
-    """Ranks of this job that have left an `error` or a `where`, in order.
+    """Ranks of this job that have left a record of this kind, in order.
 
     A node may still see, for a while, what an earlier job of this folder left: it has another token.
     """

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ from nemo_minitron.launch.processes import Placement, is_srun, local_command, pl
 
 RECORD = "minitron-error: "
 """Begins a line on stderr that is an error record of a rank which cannot see the job's folder."""
-RECORDS = ("error_", "where_", "signalled_", "stopped")
-"""How the files begin that ranks leave when they end before they are done; `stopped.json` is the launcher's own."""
+RECORDS = ("error", "where", "signalled", "stopped")
+"""What ranks leave in files `NAME_RANK.json` when they fail, end beside one that did, are told to stop, or stop."""
+SILENT = "ended without a word"
+VERDICT = "ended.json"
+"""What the launcher leaves where the job ended early, for `minitron status`."""
 TOKEN = "MINITRON_JOB"
 """Variable that names the job, as `job.json` does: a rank that finds another name there sees another folder."""
 
@@ -81,7 +83,7 @@ def write_job(job_dir: Path, config: Config, job: dict[str, Any], *, alive: Path
     `alive` is the file that ranks lock as long as they live, `.ranks` in `job_dir` where None.
     """
     job_dir.mkdir(parents=True, exist_ok=True)
-    for old in [path for what in RECORDS for path in job_dir.glob(f"{what}*.json")]:
+    for old in (*(path for what in RECORDS for path in job_dir.glob(f"{what}_*.json")), job_dir / VERDICT):
         old.unlink(missing_ok=True)
     token = uuid.uuid4().hex
     write_json(job_dir / "job.json", {"config": config.to_dict(), **job, "token": token,
@@ -168,7 +170,7 @@ def keep_line(lines: list[str], raw: bytes) -> list[str]:
 
 def has_stopped(job_dir: Path) -> bool:
     """Whether a rank ended for a signal, before it was done."""
-    return any(job_dir.glob("stopped_*.json"))
+    return bool(_records(job_dir, "stopped"))
 
 
 def raise_worker_error(job_dir: Path, stderr: list[str], *, returncode: int) -> None:
@@ -183,37 +185,48 @@ def raise_worker_error(job_dir: Path, stderr: list[str], *, returncode: int) -> 
             raise UserError(record["message"])
     stop = _stop(job_dir, records, returncode)
     if stop is not None:
-        write_json(job_dir / "stopped.json", {"message": stop})
+        _leave_verdict(job_dir, stop)
         raise Stopped(f"minitron: {stop}; the same command goes on from here")
     standings = _standings(job_dir, records)
     if records:
         first = min(records, key=lambda record: float(record["time"]))
         told = f"rank {first['rank']} failed:\n{(first.get('traceback') or first['message']).rstrip()}"
         raise WorkerError("\n".join([told, *standings]))
+    _leave_verdict(job_dir, next((line for line in standings if SILENT in line), "the ranks ended without a word"))
     raise WorkerError("\n".join(["a worker ended without saying why:", "".join(stderr).rstrip(), *standings]))
 
 
 def _records(job_dir: Path, what: str) -> list[dict[str, Any]]:
-    """What ranks left in files of this name, in the ranks' order."""
+    """What ranks of this job left in files of this name, in the ranks' order."""
+    token = read_json(job_dir / "job.json").get("token") if (job_dir / "job.json").exists() else None
     found = [json.loads(path.read_text()) for path in job_dir.glob(f"{what}_*.json")]
-    return sorted(found, key=lambda record: int(record["rank"]))
+    return sorted([record for record in found if record.get("token") == token], key=lambda record: int(record["rank"]))
 
 
 def _stop(job_dir: Path, errors: list[dict[str, Any]], returncode: int) -> str | None:
     """What the signal's ranks say where it is the signal that ended the job, else None.
 
     srun and torchrun send SIGTERM to the ranks that are left when one has died, so a signal on some ranks tells
-    nothing. Whoever stops a job tells all ranks; one that failed or was killed before that has no record of it.
+    nothing. It ended the job where all ranks ended well for it, or where it was the first that any rank knew of, and
+    none ended without a word. A rank that failed has written that down before its end brings others a signal.
     """
     stopped, signalled = _records(job_dir, "stopped"), _records(job_dir, "signalled")
-    if not stopped and not signalled:
+    told = stopped + signalled
+    if not told or (errors and not stopped):
         return None
-    failed = {record["rank"]: float(record["time"]) for record in errors}
-    ranks = {record["rank"] for record in stopped}
-    ranks |= {record["rank"] for record in signalled if record["time"] <= failed.get(record["rank"], math.inf)}
-    if returncode != 0 and len(ranks) < num_ranks(read_json(job_dir / "job.json")):
-        return None
-    return str((stopped or signalled)[0]["message"])
+    message = str(told[0]["message"])
+    if returncode == 0:
+        return message
+    others = errors + _records(job_dir, "where")
+    first = min(float(record["time"]) for record in told)
+    known = {int(record["rank"]) for record in told + others}
+    by_signal = all(first <= float(record["time"]) for record in others)
+    return message if by_signal and len(known) >= num_ranks(read_json(job_dir / "job.json")) else None
+
+
+def _leave_verdict(job_dir: Path, message: str) -> None:
+    with suppress(OSError):
+        write_json(job_dir / VERDICT, {"message": message})
 
 
 def _standings(job_dir: Path, records: list[dict[str, Any]]) -> list[str]:
@@ -226,7 +239,7 @@ def _standings(job_dir: Path, records: list[dict[str, Any]]) -> list[str]:
     lines |= {int(record["rank"]): str(record["where"]) for record in told[::-1] if "where" in record}
     for rank in range(num_ranks(read_json(job_dir / "job.json"))):
         if rank not in lines:
-            lines[rank] = f"rank {rank}: ended without a word ({_last_words(job_dir, rank)})"
+            lines[rank] = f"rank {rank}: {SILENT} ({_last_words(job_dir, rank)})"
     return [*(lines[rank] for rank in sorted(lines)), f"logs of the ranks: {log_dir(job_dir)}"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_minitron.artifacts import read_json
 from nemo_minitron.config_rounds import SearchConfig
 from nemo_minitron.errors import UserError
+from nemo_minitron.launch.workers import VERDICT
 
 ROUND = "round1"
 RATE_LINES = 50
@@ -84,7 +85,14 @@ def run_status(run_dir: Path, *, now: float) -> dict[str, Any]:
 
 def _searches(config: dict[str, Any]) -> bool:
     """Whether the recipe, one without rounds, has a search."""
-    return config.get("search", {}) not in ({}, dataclasses.asdict(SearchConfig()))
+    return _differs(config.get("search", {}), dataclasses.asdict(SearchConfig()))
+
+
+def _differs(found: Any, default: Any) -> bool:
+    """Whether a value of the file is not the default; an older file has fewer keys."""
+    if isinstance(found, dict) and isinstance(default, dict):
+        return any(_differs(value, default.get(name)) for name, value in found.items())
+    return bool(found != default)
 
 
 def _wanted(config: dict[str, Any], searched: bool) -> list[str]:
@@ -187,11 +195,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _error(job_dir: Path) -> str | None:
     """The last line of what the ranks left when they ended early."""
-    if (job_dir / "stopped.json").exists():
-        return str(read_json(job_dir / "stopped.json")["message"])
+    if (job_dir / VERDICT).exists():
+        return str(read_json(job_dir / VERDICT)["message"])
     records = [read_json(path) for path in sorted(job_dir.glob("error_*.json"))]
     if not records:
-        stopped = sorted(job_dir.glob("stopped_*.json"))  # by ranks whose launcher had no time to say so
+        stopped = sorted(job_dir.glob("stopped_*.json"))  # their launcher had no time for a verdict
         return str(read_json(stopped[0])["message"]) if stopped else None
     first = min(records, key=lambda record: (record["kind"] != "user", record["time"]))
     return f"rank {first['rank']}: " + str(first.get("message") or first["traceback"].strip().splitlines()[-1])

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest, read_json, write_json
+from nemo_minitron.launch import signals
 from nemo_minitron.stages.context import ROUND, Context
 from nemo_minitron.stages.registry import STAGES, fingerprint, input_digests, stage_config
 
@@ -19,8 +20,10 @@ _PACKAGES = ("nemo_minitron", "nemo_toolkit", "megatron-core", "torch", "lightni
 
 def execute(context: Context, stages: list[str]) -> None:
     """Run `stages`, which are due, in order; every rank of a worker calls this with the same list."""
-    for name in stages:
+    for number, name in enumerate(stages):
         shown = name if context.part == ROUND else f"{context.part}/{name}"
+        if number and (told := context.share(signals.requested() if context.rank == 0 else None)):
+            raise signals.Stop(f"stopped by {told} before {shown}")  # it came after the last step of a training
         with context.inside(shown):
             _execute(context, name, shown)
 

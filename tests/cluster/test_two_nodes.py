@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.conftest import FOUR_RANKS, check_equal, launch_locally, losses, steps
 from tests.e2e.command import ROOT
-from tests.e2e.test_ranks import SLEEP
+from tests.e2e.test_ranks import SLEEP, plant
 
 
 def test_two_nodes_of_two_ranks_equal_the_local_launcher(recipe, locally):
@@ -52,9 +52,7 @@ def test_the_demo_on_two_nodes_is_shown_beside_the_local_one(submitted, tmp_path
 
 @pytest.mark.slow
 def test_one_rank_of_four_sleeps_in_the_middle_of_a_step(recipe, tmp_path, monkeypatch):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/sitecustomize.py").write_text(SLEEP)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}/modules")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{plant(tmp_path, SLEEP, rank=1)}")
     run = recipe(**FOUR_RANKS | steps(40), parallel__stall_s=30)
     run.submit()
     assert run.wait_ended() == "FAILED", run.log()

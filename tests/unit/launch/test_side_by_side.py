@@ -16,7 +16,8 @@ job = json.loads((folder / "job.json").read_text())
 assert job["token"] == os.environ["MINITRON_JOB"]
 
 def stop(*_):
-    (folder / "stopped_0.json").write_text(json.dumps({"rank": 0, "message": "stopped by SIGTERM"}))
+    record = {"rank": 0, "message": "stopped by SIGTERM", "time": 1.0, "token": job["token"]}
+    (folder / "stopped_0.json").write_text(json.dumps(record))
     sys.exit(0)
 
 signal.signal(signal.SIGTERM, stop)
@@ -27,7 +28,8 @@ while not all((folder.parent / name / "ready").exists() for name in job["wait_fo
     time.sleep(0.01)
 print("does", job["does"], flush=True)
 if job["does"] == "mistake":
-    (folder / "error_0.json").write_text(json.dumps({"kind": "user", "rank": 0, "message": "bad", "time": 1.0}))
+    record = {"kind": "user", "rank": 0, "message": "bad", "time": 1.0, "token": job["token"]}
+    (folder / "error_0.json").write_text(json.dumps(record))
     sys.exit(2)
 if job["does"] == "crash":
     sys.exit("lost a rank")
@@ -76,4 +78,4 @@ def test_one_that_does_not_end_well_stops_the_others(does, error, message, start
     assert (waiting / "stopped_0.json").exists(), "the other wrote its resume point and ended"
     job_dir = tmp_path / "run/job"
     assert (job_dir / "error_0.json").exists() == ("mistake" in does), "minitron status finds it"
-    assert (job_dir / "stopped.json").exists() == (error is Stopped)
+    assert (job_dir / "ended.json").exists() == (error is not UserError)

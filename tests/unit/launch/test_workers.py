@@ -11,6 +11,7 @@ from nemo_minitron.launch.workers import (
     Stopped,
     WorkerError,
     check_token,
+    has_stopped,
     raise_worker_error,
     worker_environment,
 )
@@ -71,7 +72,42 @@ def test_a_stop_comes_before_what_it_caused_on_other_ranks(tmp_path):
     message = "stopped by SIGTERM, rank 1"
     with pytest.raises(Stopped, match=f"^minitron: {message}; the same command goes on from here$"):
         raise_worker_error(job_dir, [], returncode=1)
-    assert json.loads((job_dir / "stopped.json").read_text()) == {"message": message}
+    assert json.loads((job_dir / "ended.json").read_text()) == {"message": message}
+
+
+def test_a_rank_whose_signal_comes_after_its_peer_has_left_for_one(tmp_path):
+    job_dir = write_job(tmp_path, 2)
+    write_signals(job_dir, "signalled", {0: 1.0, 1: 1.03})
+    write_signals(job_dir, "stopped", {0: 1.01})
+    (job_dir / "error_1.json").write_text(json.dumps({"kind": "failure", "rank": 1, "traceback": "gone", "time": 1.02}))
+    with pytest.raises(Stopped):
+        raise_worker_error(job_dir, [], returncode=1)
+
+
+def test_a_failure_while_the_last_resume_point_is_written_is_no_stop(tmp_path):
+    job_dir = write_job(tmp_path, 2)
+    write_signals(job_dir, "signalled", {0: 1.0, 1: 1.0})
+    write_errors(job_dir, {"kind": "failure", "traceback": "no point", "time": 2.0},
+                 {"kind": "failure", "traceback": "peer gone", "time": 2.1})
+    with pytest.raises(WorkerError, match=r"^rank 0 failed:\nno point") as raised:
+        raise_worker_error(job_dir, [], returncode=1)
+    assert not isinstance(raised.value, Stopped)
+
+
+def test_ranks_that_were_told_and_killed_before_they_could_stop(tmp_path):
+    job_dir = write_job(tmp_path, 2)
+    write_signals(job_dir, "signalled", {0: 1.0, 1: 1.0})
+    with pytest.raises(Stopped, match="signalled by SIGTERM, rank 0"):
+        raise_worker_error(job_dir, [], returncode=137)
+
+
+def test_what_an_earlier_job_left_does_not_count(tmp_path):
+    job_dir = write_job(tmp_path, 1)
+    (job_dir / "job.json").write_text(json.dumps({"processes": 1, "token": "now"}))
+    write_signals(job_dir, "stopped", {0: 1.0})
+    assert not has_stopped(job_dir)
+    with pytest.raises(WorkerError, match="ended without a word"):
+        raise_worker_error(job_dir, [], returncode=1)
 
 
 def test_a_stop_that_one_rank_heard_of_and_all_agreed_to(tmp_path):
@@ -89,7 +125,8 @@ def test_where_a_rank_died_the_signal_that_ends_the_others_is_no_stop(tmp_path):
     write_signals(job_dir, "stopped", {2: 1.3})
     with pytest.raises(WorkerError) as raised:
         raise_worker_error(job_dir, ["task 1: Killed\n"], returncode=137)
-    assert not isinstance(raised.value, Stopped) and not (job_dir / "stopped.json").exists()
+    assert not isinstance(raised.value, Stopped)
+    assert "rank 1: ended without a word" in json.loads((job_dir / "ended.json").read_text())["message"]
     assert str(raised.value).splitlines()[:5] == [
         "a worker ended without saying why:", "task 1: Killed", "rank 0: signalled by SIGTERM, rank 0",
         "rank 1: ended without a word (killed, or out of memory?)", "rank 2: stopped by SIGTERM, rank 2"]

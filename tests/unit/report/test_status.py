@@ -56,7 +56,7 @@ def test_a_run_that_ended_early_says_why(run_dir):
     write_json(run_dir / "job/error_0.json", {"kind": "failure", "rank": 0, "traceback": "peer gone", "time": 2.0})
     found = run_status(run_dir, now=0.0)
     assert (found["state"], found["error"], found["slurm_job"]) == ("stopped", "rank 1: boom", None)
-    write_json(run_dir / "job/stopped.json", {"message": "stopped by SIGUSR1 after step 40"})
+    write_json(run_dir / "job/ended.json", {"message": "stopped by SIGUSR1 after step 40"})
     assert run_status(run_dir, now=0.0)["error"] == "stopped by SIGUSR1 after step 40"
     assert stages(run_dir)["distill"]["state"] == "stopped"
 
@@ -64,6 +64,8 @@ def test_a_run_that_ended_early_says_why(run_dir):
 def test_a_run_whose_launcher_had_no_time_to_say_why_it_ended(run_dir):
     write_json(run_dir / "job/stopped_2.json", {"rank": 2, "message": "stopped by SIGTERM", "time": 1.0})
     assert run_status(run_dir, now=0.0)["error"] == "stopped by SIGTERM"
+    write_json(run_dir / "job/ended.json", {"message": "rank 1: ended without a word"})
+    assert run_status(run_dir, now=0.0)["error"] == "rank 1: ended without a word"
 
 
 def test_a_run_that_is_done(run_dir):
