@@ -150,9 +150,9 @@ def dot_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: str
             ]
         return join(parts)
 
-    height = 32 * len(rows) + 50
-    return _responsive(draw, title, wide_height=height, narrow_height=height, wide_left=116, narrow_left=100,
-                       wide_right=52, narrow_right=52, top=6)
+    height, name = 32 * len(rows) + 50, 8 * max(len(name) for name, _, _ in rows) + 18  # a letter is about 8 wide
+    return _responsive(draw, title, wide_height=height, narrow_height=height, wide_left=max(116, name),
+                       narrow_left=max(100, name), wide_right=52, narrow_right=52, top=6)
 
 
 def bar_chart(values: Sequence[float], kept: Sequence[bool], *, title: str, x_label: str, y_label: str) -> Html:

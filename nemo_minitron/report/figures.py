@@ -40,10 +40,22 @@ def loss_curves(round_: Round) -> list[Html]:
     if histories:
         teacher = round_.models.get("teacher")
         figures.append(_cross_entropy(histories, teacher.loss if teacher else None))
+    if (longer := _scratch_until(round_)) is not None:
+        figures.append(longer)
     distill = round_.histories.get("distill")
     if distill and any("kl" in line for line in distill.training):
         figures.append(_divergence(distill))
     return figures
+
+
+def _scratch_until(round_: Round) -> Html | None:
+    """Cross-entropy of random weights that are trained until they are as good as the distilled model."""
+    history, distill = (round_.histories.get(stage) for stage in ("scratch_until", "distill"))
+    if history is None:
+        return None
+    looks = [row["heldout_ce"] for row in distill.heldout if "heldout_ce" in row] if distill else []
+    return _cross_entropy([(history, "scratch_until", "diamond")], looks[-1] if looks else None, of="distilled",
+                          title="From scratch, on more tokens")
 
 
 def correction_curve(round_: Round) -> Html | None:
@@ -136,8 +148,12 @@ def bucket_means(rows: Sequence[dict[str, float]], key: str) -> tuple[list[float
             [math.fsum(row[key] for row in bucket) / len(bucket) for bucket in buckets], size)
 
 
-def _cross_entropy(histories: Sequence[tuple[History, str, str]], teacher_loss: float | None, *,
+def _cross_entropy(histories: Sequence[tuple[History, str, str]], level: float | None, *, of: str = "teacher",
                    title: str = "Cross-entropy") -> Html:
+    """Curves over tokens, with a line at the loss `level` of the model `of`.
+
+    The teacher's is of all held-out tokens, any other's of those that the points on the way cover.
+    """
     series, legend, sizes = [], [], set()
     for history, model, marker in histories:
         key = "ce" if any("ce" in row for row in history.training) else "loss"
@@ -145,18 +161,18 @@ def _cross_entropy(histories: Sequence[tuple[History, str, str]], teacher_loss: 
         sizes.add(size)
         name = MODEL_NAMES[model]
         heldout = [(row["tokens"], row["heldout_ce"]) for row in history.heldout if "heldout_ce" in row]
-        series.append(charts.Series(xs=xs, ys=ys, tone=model, faint=bool(heldout),
-                                    label="" if heldout else SHORT_NAMES[model]))
+        label = SHORT_NAMES[model].rpartition(", ")[2]
+        series.append(charts.Series(xs=xs, ys=ys, tone=model, faint=bool(heldout), label="" if heldout else label))
         if heldout:
             series.append(charts.Series(xs=[x for x, _ in heldout], ys=[y for _, y in heldout], tone=model,
-                                        label=SHORT_NAMES[model], marker=marker, tooltip=f"{name}, held-out"))
+                                        label=label, marker=marker, tooltip=f"{name}, held-out"))
             legend.append((_swatch("marked", model, marker), f"{name}, held-out"))
         if xs:
             legend.append((_swatch("faint" if heldout else "line", model), f"{name}, training"))
     references = []
-    if teacher_loss is not None and math.isfinite(teacher_loss):
-        references.append(charts.Reference(y=teacher_loss, label="teacher", tone="teacher"))
-        legend.append((_swatch("dashed", "teacher"), "teacher, held-out"))
+    if level is not None and math.isfinite(level):
+        references.append(charts.Reference(y=level, label=SHORT_NAMES[of], tone=of))
+        legend.append((_swatch("dashed", of), f"{MODEL_NAMES[of]}, held-out"))
     y_max, clipped = _y_limit(series, [line.y for line in references])
     chart = charts.line_chart(series, title=title, x_label="training tokens", y_label="nats/token",
                               references=references, y_max=y_max)
@@ -164,7 +180,8 @@ def _cross_entropy(histories: Sequence[tuple[History, str, str]], teacher_loss: 
     return _figure(title, legend, chart, _smoothing(sizes) + (
         f" The start, up to {formats.loss(clipped)}, is above the frame." if clipped is not None else "") + (
         " Held-out points on the way may cover part of the held-out tokens (train.eval_samples); the table"
-        + (" and the teacher's line cover" if references else " covers") + " all of them." if sampled else ""))
+        + (" and the teacher's line cover" if references and of == "teacher" else " covers")
+        + " all of them." if sampled else ""))
 
 
 def _divergence(history: History) -> Html:

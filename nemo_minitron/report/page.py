@@ -172,7 +172,7 @@ def _tiles(round_: Round) -> Html:
               "of the loss that pruning added was won back. Flattering: a pruned model can be arbitrarily bad."),
     ]
     if round_.scratch_token_ratio is not None:
-        more = "" if round_.scratch_reached else "more than "
+        more = "" if round_.scratch_reached else "> "
         tiles.append(_tile("Tokens against scratch", f"{more}{round_.scratch_token_ratio:.1f}", "times",
                            "the distillation's tokens, for random weights to reach the same loss. The papers: up to 40 "
                            "(arXiv:2407.14679, abstract), against models trained on trillions of tokens."))

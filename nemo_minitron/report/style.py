@@ -54,7 +54,7 @@ dt { font-weight: 600; } dd { margin: 0; }
 
 .scroll { overflow-x: auto; margin: .7rem 0 .3rem; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem 0 .42rem .95rem; text-align: right; white-space: nowrap;
+th, td { padding: .42rem 0 .42rem .75rem; text-align: right; white-space: nowrap;
          border-bottom: 1px solid var(--rule); }
 thead th { vertical-align: bottom; font-weight: 600; color: var(--soft); font-size: .8rem; line-height: 1.35; }
 thead th .unit { display: block; font-weight: 400; }

@@ -10,8 +10,9 @@ from nemo_minitron.arch import ArchSpec
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoint.families import read_arch
 
-_STAGES = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch",
-           "scratch_until": "scratch_until", "aligned": "align"}
+MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch",
+          "scratch_until": "scratch_until", "aligned": "align"}
+"""Name of each model in the summary -> the stage that made it; the teacher comes first."""
 
 
 def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
@@ -26,7 +27,7 @@ def summarize(*, round_name: str, teacher_path: Path, round_dir: Path,
     and of how many), are there after an alignment.
     """
     models = {"teacher": _model(teacher_path, manifests.get("correct"), evaluated["teacher"])}
-    for model, stage in _STAGES.items():
+    for model, stage in MODELS.items():
         if model in evaluated:
             models[model] = _model(round_dir / stage / "checkpoint", manifests[stage], evaluated[model])
     loss = {model: entry["loss"] for model, entry in models.items()}

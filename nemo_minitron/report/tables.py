@@ -13,7 +13,7 @@ from nemo_minitron.report.collect import Experiment, ModelFigures, Round
 from nemo_minitron.report.markup import Html, join, tag
 
 MODEL_NAMES = {"teacher": "teacher", "pruned": "pruned", "distilled": "distilled", "ce": "CE control",
-               "scratch": "from scratch", "scratch_until": "from scratch, longer", "aligned": "aligned"}
+               "scratch": "from scratch", "scratch_until": "scratch, longer", "aligned": "aligned"}
 MODEL_OF_STAGE = {"distill": "distilled", "ce": "ce", "scratch": "scratch", "scratch_until": "scratch_until",
                   "align": "aligned"}
 

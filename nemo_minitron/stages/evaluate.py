@@ -22,18 +22,7 @@ from nemo_minitron.model.build import load_model, transformer_config
 from nemo_minitron.stages.aligning import align_phases, phase_context
 from nemo_minitron.stages.context import Context
 from nemo_minitron.stages.data import RecipeData, prepared_data, split_samples
-from nemo_minitron.stages.registry import is_current
-
-MODELS = {"pruned": "prune", "distilled": "distill", "ce": "ce", "scratch": "scratch",
-          "scratch_until": "scratch_until", "aligned": "align"}
-"""Name of each model in the summary -> the stage that made it; the teacher comes first."""
-
-
-def models_there(context: Context) -> dict[str, Path]:
-    """Directories of the models that there are by now: the teacher, and those that this very recipe has made."""
-    found = {"teacher": context.teacher_path()}
-    done = {name: stage for name, stage in MODELS.items() if is_current(context, stage)}
-    return found | {name: context.stage_dir(stage) / "checkpoint" for name, stage in done.items()}
+from nemo_minitron.stages.registry import is_current, models_there
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -79,7 +68,7 @@ def _answers(context: Context, checkpoint: Checkpoint, known: dict[str, Any]) ->
 
     None before an alignment, or of a model with another tokenizer. What is in `known` is not measured again.
     """
-    aligned = context.stage_dir(MODELS["aligned"]) / "checkpoint"
+    aligned = context.stage_dir("align") / "checkpoint"
     tokenizer: str | None = context.share(
         digest_files(tokenizer_files(aligned)) if context.rank == 0 and is_current(context, "align") else None)
     found: dict[str, Any] = {}

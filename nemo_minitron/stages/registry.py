@@ -18,6 +18,7 @@ from nemo_minitron.data.source import resolve_kind, source_digest
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.evaluate.tasks import task_key
 from nemo_minitron.importance.scores import scores_digest
+from nemo_minitron.report.summary import MODELS
 from nemo_minitron.stages.aligning import MODEL, align_inputs, what_is_tuned_on
 from nemo_minitron.stages.context import Context
 
@@ -270,6 +271,13 @@ def is_done(context: Context, stage: str) -> bool:
 def is_current(context: Context, stage: str) -> bool:
     """Whether the stage and all that it was made from are done: no control of an earlier target, say."""
     return is_done(context, stage) and all(is_current(context, name) for name in _stage_inputs(context, stage))
+
+
+def models_there(context: Context) -> dict[str, Path]:
+    """Directories of the models that there are by now: the teacher, and those that this very recipe has made."""
+    found = {"teacher": context.teacher_path()}
+    done = {name: stage for name, stage in MODELS.items() if is_current(context, stage)}
+    return found | {name: context.stage_dir(stage) / "checkpoint" for name, stage in done.items()}
 
 
 def _stage_inputs(context: Context, stage: str) -> list[str]:

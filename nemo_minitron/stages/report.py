@@ -9,10 +9,9 @@ from nemo_minitron.artifacts import Manifest, read_json, write_json
 from nemo_minitron.report.beside import compared
 from nemo_minitron.report.card import write_card
 from nemo_minitron.report.page import write_report
-from nemo_minitron.report.summary import searched, summarize
+from nemo_minitron.report.summary import MODELS, searched, summarize
 from nemo_minitron.stages.context import Context
-from nemo_minitron.stages.evaluate import MODELS, models_there
-from nemo_minitron.stages.registry import STAGES, is_current
+from nemo_minitron.stages.registry import STAGES, is_current, models_there
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -317,3 +319,30 @@ def test_an_alignment_has_a_row_a_table_and_a_curve(tmp_path: Path) -> None:
 def test_without_an_alignment_the_page_does_not_speak_of_it(tmp_path: Path) -> None:
     said = "".join(check(write_report(build_outputs(tmp_path))).words)
     assert "lignment" not in said and "aligned" not in said
+
+
+@pytest.mark.parametrize(("reached", "shown"), [(True, "7.5 times"), (False, "> 7.5 times")])
+def test_scratch_on_more_tokens_has_a_figure_a_row_and_a_curve(tmp_path: Path, reached: bool, shown: str) -> None:
+    directory = build_outputs(tmp_path)
+    data = json.loads((directory / "summary.json").read_text())
+    until = model(TARGET, 1.9, 6e7) | {"token_ratio": 7.5, "reached": reached}
+    data["rounds"][0]["controls"]["scratch_until"] = until
+    write_json(directory / "summary.json", data)
+    lines = [{"step": step, "tokens": 1000 * step, "ce": 3 - step / 100} for step in range(1, 101)]
+    looks = [{"step": step, "tokens": 1000 * step, "heldout_ce": 3.1 - step / 100} for step in range(10, 101, 10)]
+    (directory / "r1" / "scratch_until").mkdir()
+    (directory / "r1" / "scratch_until" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines + looks))
+    path = write_report(directory)
+    said = "".join(check(path).words)
+    assert f"Tokens against scratch{shown}the distillation's tokens" in said
+    assert next(row for row in table_rows(path) if row[0] == "scratch, longer")[1:3] == ["1.900", "+0.345"]
+    _, _, drawn = said.partition("From scratch, on more tokens")
+    assert drawn.startswith("scratch, longer, held-outscratch, longer, trainingdistilled, held-out")
+    assert "the table covers all of them" in drawn
+
+
+def test_the_page_is_written_without_torch() -> None:
+    script = ("import sys, nemo_minitron.stages.report\n"
+              "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", script], check=True)
