@@ -23,7 +23,7 @@ from nemo_minitron.launch import locks
 from nemo_minitron.launch.processes import is_srun, placement
 from nemo_minitron.launch.requeue import requeue
 from nemo_minitron.launch.side_by_side import check_groups
-from nemo_minitron.launch.workers import Stopped, run_workers
+from nemo_minitron.launch.workers import KilledAtStart, Stopped, run_workers
 from nemo_minitron.parallel.layout import Layout
 from nemo_minitron.report.beside import check_beside
 from nemo_minitron.report.published import check_published
@@ -115,11 +115,11 @@ def _start_ranks(config: Config, context: Context, due: list[str], lock: int) ->
 
 @contextmanager
 def _requeued(config: Config) -> Iterator[None]:
-    """Put a Slurm job whose ranks were stopped by a signal back into the queue."""
+    """Put a Slurm job back into the queue whose ranks were stopped by a signal, or killed as it was restarted."""
     try:
         yield
-    except Stopped:
-        requeue(config.cluster)
+    except (Stopped, KilledAtStart) as error:
+        requeue(config.cluster, restarted=isinstance(error, KilledAtStart))
         raise
 
 

@@ -25,7 +25,7 @@ from nemo_minitron.launch import signals, standing
 from nemo_minitron.launch.rank_log import RankLog
 from nemo_minitron.launch.slurm_env import torch_variables
 from nemo_minitron.launch.watch import Watch, leave_record, wait_for_others
-from nemo_minitron.launch.workers import RECORD, check_token, log_dir, num_ranks
+from nemo_minitron.launch.workers import KILLED_AT_START, RECORD, check_token, log_dir, num_ranks
 from nemo_minitron.training.resume import is_disk_full
 
 
@@ -56,7 +56,7 @@ def main() -> int:
             watch.start()
             signals.tell_at_once(lambda name: _leave_signal(job_dir, "signalled", rank, f"stopped by {name}"))
             try:
-                _run(job, rank, log)
+                _run(job, job_dir, rank, log)
             except BaseException:
                 signals.hold()  # what ends the others, or a second signal, must not keep this one from saying why
                 raise
@@ -105,6 +105,12 @@ def _take_rank() -> None:
         os._exit(1)
 
 
+def _leave_begun(job_dir: Path) -> None:
+    """In rank 0: write that all ranks have met."""
+    leave_record(job_dir, "begun", {"rank": 0})
+    (job_dir / KILLED_AT_START).unlink(missing_ok=True)
+
+
 def _leave_signal(job_dir: Path, what: str, rank: int, message: str) -> None:
     """Write that a signal has reached this rank, or that it ends for it."""
     with suppress(OSError):
@@ -123,7 +129,7 @@ def _leave(job_dir: Path, job: dict[str, Any] | None, log: RankLog | None, recor
             print(RECORD + json.dumps(record | {"time": time.time()}), file=sys.stderr, flush=True)
 
 
-def _run(job: dict[str, Any], rank: int, log: RankLog) -> None:
+def _run(job: dict[str, Any], job_dir: Path, rank: int, log: RankLog) -> None:
     from nemo_minitron.parallel.cpu import open_cpu_door
 
     open_cpu_door()
@@ -148,11 +154,14 @@ def _run(job: dict[str, Any], rank: int, log: RankLog) -> None:
 
     config = config_from_dict(job["config"])
     if job["processes"] == 0:  # stages that one process does alone
+        _leave_begun(job_dir)
         context = Context(config=config, command=job["command"], inside=inside)
         execute(round_context(context, job["round"]), job["stages"])
         return
     layout = Context(config=config).layout
     groups.start(layout, timeout_s=config.parallel.timeout_s)
+    if rank == 0:
+        _leave_begun(job_dir)
     groups.seed_everything(config.seed)
     # rank 0 may tokenize or hash for long while the others wait: not within the bounds of a model's collectives
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=24))

@@ -1,4 +1,4 @@
-"""A Slurm job that was stopped in good order goes back into the queue."""
+"""A Slurm job that was stopped in good order, or killed as it was restarted, goes back into the queue."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from nemo_minitron.config import ClusterConfig
 from nemo_minitron.launch.slurm_env import in_allocation
 
 
-def requeue(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> None:
+def requeue(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ, *, restarted: bool = False) -> None:
     """Put this job back into the queue, where it is a batch job that still runs and not one that was cancelled.
 
-    Says what it did. Interactive allocations have no script to run again and are left alone.
+    `restarted`: only where it has been there before. Says what it did. Interactive allocations have no script to run
+    again and are left alone.
     """
     job = environ.get("SLURM_JOB_ID", "")
     if not cluster.requeue or not in_allocation(environ) or "SLURM_JOB_NAME" not in environ:
         return
     restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+    if restarted and restarts == 0:
+        return
     if restarts >= cluster.max_restarts:
         print(f"minitron: job {job} was restarted {restarts} times (cluster.max_restarts); not again", flush=True)
         return

@@ -21,9 +21,12 @@ from nemo_minitron.launch.processes import Placement, is_srun, local_command, pl
 
 RECORD = "minitron-error: "
 """Begins a line on stderr that is an error record of a rank which cannot see the job's folder."""
-RECORDS = ("error", "where", "signalled", "stopped")
-"""What ranks leave in files `NAME_RANK.json` when they fail, end beside one that did, are told to stop, or stop."""
+RECORDS = ("begun", "error", "where", "signalled", "stopped")
+"""What ranks leave in files `NAME_RANK.json`: that all have met (rank 0), that this one failed, ended beside one that
+did, was told to stop, or stopped."""
 SILENT = "ended without a word"
+KILLED_AT_START, MAX_KILLED = "killed_at_start.json", 3
+"""File that counts, and how many `KilledAtStart` there are in a row."""
 VERDICT = "ended.json"
 """What the launcher leaves where the job ended early, for `minitron status`."""
 TOKEN = "MINITRON_JOB"
@@ -32,6 +35,14 @@ TOKEN = "MINITRON_JOB"
 
 class WorkerError(Exception):
     """A worker process failed for a reason that is not the user's; its traceback is in the message."""
+
+
+class KilledAtStart(WorkerError):
+    """Ranks ended without a word before all of them had met, none of them failed, and that not often in a row.
+
+    A Slurm job that was requeued because of a lost node can see that, when the node is back and Slurm ends there what
+    is left of the job: that is a step of the same number.
+    """
 
 
 class Stopped(WorkerError):
@@ -48,7 +59,8 @@ def run_workers(config: Config, stages: list[str], *, processes: int, command: s
     Raises:
         UserError: found on a rank, or by what starts them.
         Stopped: a signal ended them.
-        WorkerError: anything else that did.
+        KilledAtStart: they were killed before they had met.
+        WorkerError: anything else that ended them.
     """
     job_dir = config.run_dir.absolute() / "job" / folder
     wait_for_earlier_ranks(job_dir)
@@ -193,7 +205,16 @@ def raise_worker_error(job_dir: Path, stderr: list[str], *, returncode: int) -> 
         told = f"rank {first['rank']} failed:\n{(first.get('traceback') or first['message']).rstrip()}"
         raise WorkerError("\n".join([told, *standings]))
     _leave_verdict(job_dir, next((line for line in standings if SILENT in line), "the ranks ended without a word"))
-    raise WorkerError("\n".join(["a worker ended without saying why:", "".join(stderr).rstrip(), *standings]))
+    killed = not _records(job_dir, "begun") and _count(job_dir / KILLED_AT_START) <= MAX_KILLED
+    told = "\n".join(["a worker ended without saying why:", "".join(stderr).rstrip(), *standings])
+    raise KilledAtStart(told) if killed else WorkerError(told)
+
+
+def _count(path: Path) -> int:
+    """One more than the file says, written into it; ranks that meet remove it."""
+    count = 1 + (int(read_json(path)["in_a_row"]) if path.exists() else 0)
+    write_json(path, {"in_a_row": count})
+    return count
 
 
 def _records(job_dir: Path, what: str) -> list[dict[str, Any]]:

@@ -185,10 +185,9 @@ def test_two_submissions_at_once(run, locally, lab):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_link_of_one_node_cut_for_a_minute(run, locally, lab):
-    """The node's slurmd is started anew, before Slurm hears of the node again.
+    """Slurm starts the job again where something of it is left, a step of the same number, and may end both.
 
-    Otherwise the job goes on there beside what is left of itself, a step of the same number, and Slurm, which ends the
-    old one, may end both.
+    The job then goes back into the queue once more.
     """
     started = run()
     since, done = time.time(), started.step()
@@ -198,8 +197,8 @@ def test_the_link_of_one_node_cut_for_a_minute(run, locally, lab):
         done = max(done, started.step())
         time.sleep(max(0.0, 60 - (time.time() - since)))
     finally:
-        lab.stop("n2")
         lab.link("n2", "up")
+        lab.stop("n2")
         lab.start_node("n2")
     line = finish(started, locally, "link of one node cut for a minute", went_on(started, done, since), "by itself")
     assert 0 <= line["lost"] <= CHECKPOINT_EVERY + 5

@@ -47,6 +47,15 @@ def test_nobody_is_asked(scontrol, cluster, environ):
     assert calls() == []
 
 
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_one_that_was_killed_at_its_start_goes_back_only_if_it_was_there_before(scontrol, restarts):
+    """The first start fails where something is wrong with the job; a later one has worked before."""
+    become, calls = scontrol
+    become("RUNNING")
+    requeue(ClusterConfig(), BATCH | {"SLURM_RESTART_COUNT": restarts}, restarted=True)
+    assert calls() == ([] if restarts == "0" else ["--oneliner show job 7", "requeue 7"])
+
+
 def test_slurm_says_no(tmp_path, monkeypatch, capsys):
     script = tmp_path / "scontrol"
     script.write_text("#!/bin/sh\necho Access denied >&2\nexit 1\n")

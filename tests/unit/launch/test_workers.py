@@ -8,6 +8,7 @@ from nemo_minitron.errors import ConfigError, UserError
 from nemo_minitron.launch.workers import (
     RECORD,
     TOKEN,
+    KilledAtStart,
     Stopped,
     WorkerError,
     check_token,
@@ -188,6 +189,30 @@ def test_ranks_that_were_all_killed(tmp_path):
     assert str(raised.value).splitlines()[:3] == [
         "a worker ended without saying why:", "exitcode: -9",
         "rank 0: ended without a word (killed, or out of memory?)"]
+
+
+def test_ranks_that_were_killed_before_or_after_they_had_met(tmp_path):
+    """Only before that the fault can be the node's, which has just come back."""
+    job_dir = write_job(tmp_path, 2)
+    write_signals(job_dir, "stopped", {0: 1.0})
+    for _ in range(3):
+        with pytest.raises(KilledAtStart, match="rank 1: ended without a word"):
+            raise_worker_error(job_dir, [], returncode=137)
+    with pytest.raises(WorkerError) as fourth_in_a_row:
+        raise_worker_error(job_dir, [], returncode=137)
+    (job_dir / "killed_at_start.json").unlink()
+    write_signals(job_dir, "begun", {0: 0.5})
+    with pytest.raises(WorkerError) as later:
+        raise_worker_error(job_dir, [], returncode=137)
+    assert KilledAtStart not in (type(fourth_in_a_row.value), type(later.value))
+
+
+def test_a_rank_that_failed_at_its_start_was_not_killed(tmp_path):
+    job_dir = write_job(tmp_path, 2)
+    write_errors(job_dir, {"kind": "failure", "traceback": "no network", "time": 1.0})
+    with pytest.raises(WorkerError, match="no network") as raised:
+        raise_worker_error(job_dir, [], returncode=1)
+    assert not isinstance(raised.value, KilledAtStart)
 
 
 def test_a_stall_is_told_like_a_failure(tmp_path):
