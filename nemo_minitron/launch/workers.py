@@ -213,7 +213,8 @@ def raise_worker_error(job_dir: Path, stderr: list[str], *, returncode: int) -> 
 def _count(path: Path) -> int:
     """One more than the file says, written into it; ranks that meet remove it."""
     count = 1 + (int(read_json(path)["in_a_row"]) if path.exists() else 0)
-    write_json(path, {"in_a_row": count})
+    with suppress(OSError):  # a full disk is not to hide why the job ended
+        write_json(path, {"in_a_row": count})
     return count
 
 
